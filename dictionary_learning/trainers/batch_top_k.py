@@ -1,0 +1,45 @@
+"""BatchTopK SAEs.
+
+Bussmann et al. 2024, https://arxiv.org/abs/2412.06410
+
+B tokens in the batch, D activation_dim, F dict_size, N active pairs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dictionary import BatchTopKSAE
+from ..kernels import Code, encode_batch_topk
+from .top_k import TopKTrainer
+from .trainer import LossOutput
+
+
+class BatchTopKTrainer(TopKTrainer):
+    """TopK with the k B largest activations of the batch in place of the k largest of each token."""
+
+    dict_class = BatchTopKSAE
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        # a value that will probably lie below the next batch's smallest selected one; it saves work and changes nothing
+        self.guess: Tensor | None = None
+
+    def select(self, x_BD: Tensor) -> tuple[Tensor, Code]:
+        ae = self.ae
+        return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k * len(x_BD), self.guess)
+
+    def fired(self, values_N: Tensor, code: Code) -> Tensor:
+        return code.fired(values_N)
+
+    def smallest_active(self, out: LossOutput) -> Tensor:
+        """Scalar: the smallest positive activation of the batch; +inf where there is none."""
+        values_N = out.f.float()
+        positive_N = torch.where(values_N > 0, values_N, torch.inf)
+        return positive_N.amin() if len(values_N) else values_N.new_tensor(torch.inf)
+
+    def after_step(self, step: int, out: LossOutput) -> None:
+        super().after_step(step, out)
+        least = self.smallest_active(out)
+        self.guess = torch.where(least.isfinite(), 0.9 * least, 0)

@@ -1,0 +1,132 @@
+"""Standard SAEs: an L1 penalty on the features.
+
+B tokens in the batch, D activation_dim, F dict_size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..dictionary import AutoEncoder
+from .trainer import LossOutput, SAETrainer, SparsityWarmup, Terms, TrainerConfig, UnitNorm
+
+
+@dataclass(kw_only=True)
+class StandardAprilConfig(SparsityWarmup, TrainerConfig):
+    lr: float | None = 1e-3
+    l1_penalty: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_sparsity_warmup(self.steps, self.decay_start)
+
+
+@dataclass(kw_only=True)
+class StandardConfig(StandardAprilConfig):
+    resample_steps: int | None = None  # revive dead latents this often; excludes decay_start
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resample_steps is not None:
+            if self.decay_start is not None:
+                raise ValueError("resample_steps restarts the learning rate, so decay_start must be None with it.")
+            if not 0 < self.resample_steps < self.steps:
+                raise ValueError(f"resample_steps must lie between 0 and steps, got {self.resample_steps}.")
+
+
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """Summed over D, mean over B."""
+    return (x_BD - x_hat_BD).pow(2).sum(dim=-1).mean()
+
+
+class ReLUTrainer(SAETrainer):
+    """Squared error plus a penalty on the features of an `AutoEncoder`; the subclass says which penalty."""
+
+    ae: AutoEncoder
+    dict_class = AutoEncoder
+
+    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
+        """(what is added to the squared error, logged terms)"""
+        raise NotImplementedError
+
+    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+        x_hat_BD, f_BF = self.ae(x_BD, output_features=True)
+        error = squared_error(x_BD, x_hat_BD)
+        penalty, terms = self.penalty(f_BF, step)
+        loss = error + penalty
+        l2 = (x_BD - x_hat_BD).detach().norm(dim=-1).mean()
+        terms = {"l2_loss": l2, "mse_loss": error, **terms, "loss": loss}
+        return LossOutput(loss, x_hat_BD, f_BF, (f_BF.detach() > 0).any(dim=0), terms)
+
+
+class StandardTrainer(ReLUTrainer):
+    """L1 penalty, unit-norm decoder, optional resampling of dead latents.
+
+    Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features
+    """
+
+    Config = StandardConfig
+    cfg: StandardConfig
+    unit_norm = UnitNorm(projection_eps=0.0, renorm_eps=0.0)
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.steps_since_active: Tensor
+        self.register_buffer(
+            "steps_since_active", torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
+        )
+
+    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
+        l1 = f_BF.norm(p=1, dim=-1).mean()
+        return self.cfg.l1_penalty * self.cfg.sparsity_scale(step) * l1, {"sparsity_loss": l1}
+
+    def lr(self, step: int) -> float:
+        """With resampling, the warm-up starts anew at each."""
+        if self.cfg.resample_steps is None:
+            return super().lr(step)
+        assert self.cfg.lr is not None
+        return self.cfg.lr * min((step % self.cfg.resample_steps) / max(self.cfg.warmup_steps, 1), 1.0)
+
+    def update(self, step: int, activations: Tensor) -> LossOutput:
+        out = super().update(step, activations)
+        if self.cfg.resample_steps is not None:
+            self.steps_since_active.copy_(torch.where(out.fired_F, 0, self.steps_since_active + 1))
+            if step > 0 and step % self.cfg.resample_steps == 0:
+                dead_F = self.steps_since_active > self.cfg.resample_steps / 2
+                self._resample(dead_F, activations.to(self.device))
+        return out
+
+    @torch.no_grad()
+    def _resample(self, dead_F: Tensor, x_BD: Tensor) -> None:
+        """Point dead latents at tokens drawn in proportion to their reconstruction error."""
+        dead_n = torch.nonzero(dead_F).squeeze(1)[: len(x_BD)]
+        if len(dead_n) == 0:
+            return
+        losses_B = (x_BD - self.ae(x_BD)).float().norm(dim=-1).cpu()
+        drawn_n = torch.multinomial(losses_B, len(dead_n), replacement=False, generator=self.generator)
+        direction_nD = x_BD[drawn_n.to(self.device)].float()
+        ae = self.ae
+        alive_norm = ae.encoder_FD[~dead_F].norm(dim=1).mean().nan_to_num(1.0)  # 1 where none is alive
+        ae.encoder_FD[dead_n] = direction_nD * alive_norm * 0.2
+        ae.decoder_FD[dead_n] = direction_nD / direction_nD.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        ae.encoder.bias[dead_n] = 0  # pyright: ignore
+        for parameter, rows in ((ae.encoder.weight, 0), (ae.encoder.bias, 0), (ae.decoder.weight, 1)):  # pyright: ignore
+            moments = self.optimizer.state[parameter]  # pyright: ignore
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name].index_fill_(rows, dead_n, 0)
+
+
+class StandardTrainerAprilUpdate(ReLUTrainer):
+    """L1 penalty weighted by decoder norms, which are free; gradients clipped to norm 1.
+
+    Anthropic's April update, https://transformer-circuits.pub/2024/april-update
+    """
+
+    Config = StandardAprilConfig
+    cfg: StandardAprilConfig
+    max_grad_norm = 1.0
+
+    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
+        l1 = (f_BF * self.ae.decoder_FD.norm(dim=1)).sum(dim=-1).mean()
+        return self.cfg.l1_penalty * self.cfg.sparsity_scale(step) * l1, {"sparsity_loss": l1}

@@ -1,0 +1,165 @@
+"""TopK SAEs, and what the whole top-k family shares: auxiliary loss, inference threshold, k-annealing.
+
+Gao et al. 2024, https://arxiv.org/abs/2406.04093
+
+B tokens in the batch, D activation_dim, F dict_size, N active pairs, A dead latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
+from ..kernels import Code, encode_topk, sparse_decode
+from .standard import squared_error
+from .trainer import LossOutput, SAETrainer, Terms, TrainerConfig, UnitNorm
+
+
+@dataclass(kw_only=True)
+class TopKConfig(TrainerConfig):
+    k: int
+    auxk_alpha: float = 1 / 32
+    threshold_beta: float = 0.999
+    threshold_start_step: int = 1000
+    k_anneal_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.k <= self.dict_size:
+            raise ValueError(f"k must lie between 1 and dict_size {self.dict_size}, got {self.k}.")
+        if self.k_anneal_steps is not None:
+            if not 0 < self.k_anneal_steps < self.steps:
+                raise ValueError(f"k_anneal_steps must lie between 0 and steps, got {self.k_anneal_steps}.")
+            if self.k >= self.activation_dim:
+                raise ValueError(f"k-annealing starts at activation_dim {self.activation_dim}, not above k {self.k}.")
+
+
+@torch.no_grad()
+def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration."""
+    guess_D = x_BD.mean(dim=0)
+    for _ in range(max_iter):
+        previous_D = guess_D
+        # a row that equals the guess would get an infinite weight
+        distance_B = (x_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(x_BD.dtype).tiny)
+        weight_B = 1 / distance_B
+        weight_B = weight_B / weight_B.sum()
+        guess_D = (weight_B[:, None] * x_BD).sum(dim=0)
+        if (guess_D - previous_D).norm() < tol:
+            break
+    return guess_D
+
+
+class TopKTrainer(SAETrainer):
+    """Squared error of the k largest activations, plus an auxiliary loss in which dead latents explain the residual."""
+
+    Config = TopKConfig
+    cfg: TopKConfig
+    ae: TopKDictionary
+    dict_class = AutoEncoderTopK
+    unit_norm = UnitNorm(projection_eps=1e-6, renorm_eps=torch.finfo(torch.float32).eps)
+    max_grad_norm = 1.0
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.k = self.cfg.k  # beside the buffer, so that no step reads it from the device
+        self.top_k_aux = self.cfg.activation_dim // 2  # appendix B.1
+
+    def build(self) -> Dictionary:
+        dict_class = self.cfg.dict_class or self.dict_class
+        return dict_class(self.cfg.activation_dim, self.cfg.dict_size, k=self.cfg.k, generator=self.generator)  # pyright: ignore[reportCallIssue]
+
+    def initialize(self, x_BD: Tensor) -> None:
+        self.ae.b_dec.data = geometric_median(x_BD.float()).to(self.ae.b_dec.dtype)
+
+    # -- what distinguishes the family's members
+
+    def select(self, x_BD: Tensor) -> tuple[Tensor, Code]:
+        """(values_N, code) of the active pairs."""
+        return encode_topk(x_BD, self.ae.encoder_FD, self.ae.encoder_bias_F, self.ae.b_dec, self.k)
+
+    def fired(self, values_N: Tensor, code: Code) -> Tensor:
+        """The latents that count as active: here every selected one, even at zero."""
+        fired_F = torch.zeros(code.dict_size, dtype=torch.bool, device=values_N.device)
+        return fired_F.index_fill(0, code.latent_N, True)
+
+    def smallest_active(self, out: LossOutput) -> Tensor:
+        """Scalar: the mean over tokens of the smallest positive activation; +inf where no token has one."""
+        values_BK = out.f.view(len(out.x_hat_BD), -1).float()
+        least_B = torch.where(values_BK > 0, values_BK, torch.inf).amin(dim=1)
+        active_B = least_B.isfinite()
+        mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
+        return torch.where(active_B.any(), mean, torch.inf)
+
+    def reconstruct(self, x_BD: Tensor, values_N: Tensor, code: Code) -> tuple[Tensor, Tensor, Terms]:
+        """(x_hat_BD, reconstruction loss, logged terms)"""
+        x_hat_BD = sparse_decode(values_N, self.ae.decoder_FD, code, code.token_N, len(x_BD)) + self.ae.b_dec
+        error = squared_error(x_BD, x_hat_BD)
+        return x_hat_BD, error, {"l2_loss": error}
+
+    # -- the step
+
+    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+        values_N, code = self.select(x_BD)
+        x_hat_BD, error, terms = self.reconstruct(x_BD, values_N, code)
+        fired_F = self.fired(values_N.detach(), code)
+        auxk, pre_norm, n_dead = self.auxiliary_loss(x_BD, x_hat_BD, fired_F)
+        loss = error + self.cfg.auxk_alpha * auxk
+        terms |= {
+            "auxk_loss": auxk,
+            "loss": loss,
+            "effective_l0": float(self.k),
+            "dead_features": n_dead,
+            "pre_norm_auxk_loss": pre_norm,
+        }
+        return LossOutput(loss, x_hat_BD, values_N, fired_F, terms)
+
+    def auxiliary_loss(
+        self, x_BD: Tensor, x_hat_BD: Tensor, fired_F: Tensor
+    ) -> tuple[Tensor | float, Tensor | float, Tensor | int]:
+        """(loss, the same before normalisation, number of dead latents); section 2.4 and appendix A.2 of the paper.
+
+        The dead latents' largest activations reconstruct the residual, in units of the residual's variance.
+        """
+        # no latent can have been silent for longer than training has lasted: nothing to ask the device
+        if self.cfg.auxk_alpha <= 0 or self.tokens_seen + len(x_BD) < self.dead_feature_threshold:
+            return 0.0, -1.0, 0
+        dead_F = self.silent_tokens(fired_F, len(x_BD)) >= self.dead_feature_threshold
+        dead_A = torch.nonzero(dead_F).squeeze(1)
+        if len(dead_A) == 0:
+            return 0.0, -1.0, 0
+        ae = self.ae
+        f_BA = torch.relu(linear(x_BD - ae.b_dec, ae.encoder_FD[dead_A], ae.encoder_bias_F[dead_A]))
+        top = f_BA.topk(min(self.top_k_aux, len(dead_A)), dim=1, sorted=False)
+        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, top.values)
+        x_aux_BD = linear(f_BA, ae.decoder_FD[dead_A].T)
+        residual_BD = (x_BD - x_hat_BD).detach()
+        error = squared_error(residual_BD.float(), x_aux_BD.float())
+        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float())
+        return (error / variance).nan_to_num(0.0), error.detach(), len(dead_A)
+
+    @torch.no_grad()
+    def after_step(self, step: int, out: LossOutput) -> None:
+        if step > self.cfg.threshold_start_step:
+            threshold, beta = self.ae.threshold, self.cfg.threshold_beta
+            least = self.smallest_active(out)
+            moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
+            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # a batch with nothing active says nothing
+        if self.cfg.k_anneal_steps is not None:
+            done = min(step, self.cfg.k_anneal_steps) / self.cfg.k_anneal_steps
+            self.k = int(self.cfg.activation_dim * (1 - done) + self.cfg.k * done)
+            self.ae.k.fill_(self.k)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "k": self.k, "target_k": self.cfg.k, "top_k_aux": self.top_k_aux}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "k": self.k}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.k = state["k"]

@@ -1,0 +1,228 @@
+"""The one training step, shared by every architecture.
+
+A trainer is a config dataclass, a few class attributes and a `loss` that reads and never writes.  What a step changes
+is changed in one place, `update`, after the loss is known: logging can look at a loss as often as it likes.
+
+B tokens in the batch, D activation_dim, F dict_size.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..dictionary import Dictionary
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """What every trainer is told; with its subclass's fields, the keywords of the constructor and `config.json`."""
+
+    steps: int
+    activation_dim: int
+    dict_size: int
+    layer: int
+    lm_name: str
+    lr: float | None = None
+    warmup_steps: int = 1000
+    decay_start: int | None = None
+    seed: int | None = None
+    device: str | torch.device | None = None  # cuda where there is one, else cpu
+    wandb_name: str | None = None
+    submodule_name: str | None = None
+    dict_class: type[Dictionary] | None = None
+    dead_feature_threshold: int = 10_000_000  # tokens of silence after which a latent counts as dead
+
+    def __post_init__(self) -> None:
+        if self.lr is None:  # Gao et al. 2024, appendix A.3
+            self.lr = 2e-4 / (self.dict_size / 2**14) ** 0.5
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps must be at least 0 and below steps, got {self.warmup_steps} of {self.steps}."
+            )
+        if self.decay_start is not None and not self.warmup_steps < self.decay_start < self.steps:
+            raise ValueError(
+                "decay_start must lie between warmup_steps and steps, "
+                f"got warmup_steps {self.warmup_steps}, decay_start {self.decay_start}, steps {self.steps}."
+            )
+
+
+@dataclass(kw_only=True)
+class SparsityWarmup:
+    """Mixin for trainers with a penalty: its weight rises linearly from 0 over `sparsity_warmup_steps`."""
+
+    sparsity_warmup_steps: int | None = 2000
+
+    def check_sparsity_warmup(self, steps: int, decay_start: int | None) -> None:
+        warmup = self.sparsity_warmup_steps or 0
+        if not 0 <= warmup < steps or (decay_start is not None and warmup >= decay_start):
+            raise ValueError(
+                "sparsity_warmup_steps must be at least 0 and below steps and decay_start, "
+                f"got {warmup} with steps {steps}, decay_start {decay_start}."
+            )
+
+    def sparsity_scale(self, step: int) -> float:
+        return min(step / self.sparsity_warmup_steps, 1.0) if self.sparsity_warmup_steps else 1.0
+
+
+Terms = dict[str, Tensor | float]
+
+
+class LossOutput(NamedTuple):
+    """What a loss says of one batch."""
+
+    loss: Tensor  # scalar
+    x_hat_BD: Tensor
+    f: Tensor  # feature values: f_BF, or only those of the active pairs
+    fired_F: Tensor  # bool: latents that were active in the batch
+    terms: Terms  # logged scalars
+
+    def l0(self) -> Tensor:
+        """Mean number of active latents a token."""
+        return torch.count_nonzero(self.f) / len(self.x_hat_BD)
+
+
+@dataclass(frozen=True)
+class UnitNorm:
+    """Keeps decoder rows at unit norm: gradients are made orthogonal to them, and norms restored after the step."""
+
+    projection_eps: float
+    renorm_eps: float
+
+    @torch.no_grad()
+    def project(self, grad_FD: Tensor, weight_FD: Tensor) -> None:
+        norm_F = (weight_FD.norm(dim=1) + self.projection_eps).clamp(min=torch.finfo(weight_FD.dtype).tiny)
+        along_F = torch.linalg.vecdot(grad_FD, weight_FD) / norm_F.square()
+        grad_FD.addcmul_(weight_FD, along_F[:, None], value=-1)
+
+    @torch.no_grad()
+    def restore(self, weight_FD: Tensor) -> None:
+        norm_F = (weight_FD.norm(dim=1) + self.renorm_eps).clamp(min=torch.finfo(weight_FD.dtype).tiny)
+        weight_FD.div_(norm_F[:, None])
+
+
+class SAETrainer(nn.Module):
+    """One SAE in training: `ae`, its optimiser, schedules and counters.
+
+    A subclass sets the class attributes and writes `loss`; it may also override three hooks: `build` (make the SAE),
+    `initialize` (the first batch is at hand) and `after_step` (state beyond the common counters).
+    Everything that must survive a restart is in `state_dict()`.
+    """
+
+    Config: ClassVar[type[TrainerConfig]] = TrainerConfig
+    dict_class: ClassVar[type[Dictionary]]
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    unit_norm: ClassVar[UnitNorm | None] = None
+    max_grad_norm: ClassVar[float | None] = None
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.cfg = self.Config(**settings)
+        self.device = torch.device(self.cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.generator = torch.Generator()
+        if self.cfg.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.cfg.seed)
+        self.ae = self.build().to(self.device)
+        self.optimizer = torch.optim.Adam(self.ae.parameters(), lr=self.cfg.lr or 0.0, betas=self.betas, fused=True)
+        self.dead_feature_threshold = self.cfg.dead_feature_threshold
+        self.tokens_seen = 0
+        self.num_tokens_since_fired: Tensor
+        self.register_buffer(
+            "num_tokens_since_fired", torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
+        )
+
+    # -- what a variant says
+
+    def build(self) -> Dictionary:
+        dict_class = self.cfg.dict_class or self.dict_class
+        return dict_class(self.cfg.activation_dim, self.cfg.dict_size, generator=self.generator)  # pyright: ignore[reportCallIssue]
+
+    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+        """The training loss of a batch at a step.  Reads, never writes."""
+        raise NotImplementedError
+
+    def initialize(self, x_BD: Tensor) -> None:
+        """Called once, with the first batch, before its loss."""
+
+    def after_step(self, step: int, out: LossOutput) -> None:
+        """Called after the weights have moved, with what the loss said before."""
+
+    # -- the step
+
+    def update(self, step: int, activations: Tensor) -> LossOutput:
+        """One optimiser step on activations x_BD; returns what the loss said of them before it."""
+        x_BD = activations.to(self.device)
+        if step == 0:
+            self.initialize(x_BD)
+        out = self.loss(x_BD, step)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        with torch.autocast(self.device.type, enabled=False):
+            decoder = self._decoder_parameter()
+            if self.unit_norm is not None:
+                assert decoder.grad is not None
+                self.unit_norm.project(self._as_FD(decoder.grad), self.ae.decoder_FD)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.ae.parameters(), self.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
+            self.optimizer.step()
+            self.num_tokens_since_fired.copy_(self.silent_tokens(out.fired_F, len(x_BD)))
+            self.tokens_seen += len(x_BD)
+            self.after_step(step, out)
+            if self.unit_norm is not None:
+                self.unit_norm.restore(self.ae.decoder_FD)
+        return out._replace(loss=out.loss.detach(), x_hat_BD=out.x_hat_BD.detach(), f=out.f.detach())
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up from 0, constant, linear decay from `decay_start` towards 0 at `steps`."""
+        cfg = self.cfg
+        assert cfg.lr is not None
+        if step < cfg.warmup_steps:
+            return cfg.lr * step / cfg.warmup_steps
+        if cfg.decay_start is not None and step >= cfg.decay_start:
+            return cfg.lr * (cfg.steps - step) / (cfg.steps - cfg.decay_start)
+        return cfg.lr
+
+    def silent_tokens(self, fired_F: Tensor, n_tokens: int) -> Tensor:
+        """For each latent, the tokens of training since it last fired, this batch of `n_tokens` included."""
+        return torch.where(fired_F, 0, self.num_tokens_since_fired + n_tokens)
+
+    def dead_features(self) -> Tensor:
+        """Number of latents silent for `dead_feature_threshold` tokens or more."""
+        return (self.num_tokens_since_fired >= self.dead_feature_threshold).sum()
+
+    def _decoder_parameter(self) -> nn.Parameter:
+        return self.ae.W_dec if hasattr(self.ae, "W_dec") else self.ae.decoder.weight  # pyright: ignore
+
+    def _as_FD(self, decoder_grad: Tensor) -> Tensor:
+        return decoder_grad if decoder_grad.shape == self.ae.decoder_FD.shape else decoder_grad.T
+
+    # -- what is written down
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The `trainer` part of config.json."""
+        fields = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(self.cfg)}
+        fields |= {
+            "device": str(self.device),
+            "dict_class": type(self.ae).__name__,
+            "dead_feature_threshold": self.dead_feature_threshold,
+        }
+        return {"trainer_class": type(self).__name__, **fields}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.tokens_seen = state["tokens_seen"]

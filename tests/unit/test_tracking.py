@@ -1,0 +1,186 @@
+"""W&B: an offline sweep read back from its files, and every way in which W&B can fail."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from dictionary_learning.tracking import Tracker, WandbRuns
+
+wandb = pytest.importorskip("wandb")
+
+
+def read_offline(folder: Path) -> dict:
+    """What one offline run recorded: its settings, its rows in order, its summary, its metric definitions.
+
+    A .wandb file is 7 bytes of header, then LevelDB's log format: blocks of 32 KiB with records of checksum, length
+    and type (1 whole, 2 first, 3 middle, 4 last part), each whole record a protobuf.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    data, position, payload = path.read_bytes(), 7, b""
+    run: dict = {"rows": [], "summary": {}, "metrics": {}}
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        payload += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (2, 3):
+            continue
+        record = Record.FromString(payload)
+        payload = b""
+        match record.WhichOneof("record_type"):
+            case "run":
+                run |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group}
+                run |= {"project": record.run.project, "entity": record.run.entity}
+                run["config"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            case "metric":
+                run["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            case "history":
+                row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                run["rows"].append((record.history.step.num, row))
+            case "summary":
+                for item in record.summary.update:
+                    run["summary"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return run
+
+
+def offline_runs(folder: Path) -> dict[str, dict]:
+    return {run["name"]: run for run in map(read_offline, sorted((folder / "wandb").glob("offline-run-*")))}
+
+
+@pytest.fixture(autouse=True)
+def own_wandb(monkeypatch, tmp_path):
+    """No login, no settings and no network of the machine that runs the tests."""
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    wandb.teardown()
+
+
+def sweep(folder: Path, **settings) -> WandbRuns:
+    names = [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
+    configs = [{"trainer_class": "TopKTrainer", "k": k, "group_sizes": [1, 2]} for k in (8, 16)]
+    return WandbRuns(names, configs, project="sweeps", group="run_folder", folder=folder, **settings)
+
+
+def row(step: int, l0: float) -> dict:
+    return {"step": step, "tokens": 64 * step, "loss": 1 / (step + 1), "l0": l0, "frac_variance_explained": 0.5}
+
+
+def test_an_offline_sweep_reads_back(tmp_path):
+    runs = sweep(tmp_path, entity="team")
+    for step in (0, 100, 200):
+        for i in range(2):
+            runs.log(i, row(step, l0=8.0 * (i + 1)), step)
+    for i in range(2):
+        runs.summary(i, {"l0": 9.0 + i, "frac_recovered": 0.9, "hyperparameters": {"n_inputs": 4}, "cossim": None})
+    (sentence,) = runs.finish()
+    assert sentence.endswith(f"wandb sync --include-online {tmp_path / 'wandb'}")
+
+    read = offline_runs(tmp_path)
+    assert list(read) == [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
+    for i, run in enumerate(read.values()):
+        assert run["id"] == runs.ids[i]
+        assert (run["project"], run["entity"], run["group"]) == ("sweeps", "team", "run_folder")
+        assert run["config"]["k"] == 8 * (i + 1) and run["config"]["group_sizes"] == [1, 2]
+        assert [step for step, _ in run["rows"]] == [0, 100, 200]
+        for step, logged in run["rows"]:
+            assert logged.items() >= row(step, l0=8.0 * (i + 1)).items()
+        assert run["metrics"]["*"] == "step" and "tokens" in run["metrics"]
+        assert run["summary"]["eval/l0"] == 9.0 + i and run["summary"]["eval/frac_recovered"] == 0.9
+        assert run["summary"]["eval/cossim"] is None
+        assert run["summary"]["l0"] == 8.0 * (i + 1)  # training's last value stays beside it
+
+
+def test_a_resumed_sweep_goes_on_in_the_same_runs(tmp_path):
+    first = sweep(tmp_path)
+    first.finish()
+    second = sweep(tmp_path, ids=first.ids)
+    second.log(0, row(300, l0=1.0), 300)
+    second.finish()
+    assert second.ids == first.ids
+    folders = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    assert sorted(folders) == sorted(first.ids * 2)
+
+
+@pytest.mark.parametrize("key", [None, "k" * 40], ids=["no login", "no server"])
+def test_without_login_or_server_the_runs_are_offline_and_the_end_says_so(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    runs = sweep(tmp_path)
+    runs.log(1, row(100, l0=3.0), 100)
+    problem, command = runs.finish()
+    assert problem.startswith("W&B cannot be reached") and "wandb sync" in command
+    assert "k" * 40 not in problem + command
+    assert [step for step, _ in offline_runs(tmp_path)["TopKTrainer-tiny-resid_post_layer_2_trainer_1"]["rows"]] == [100]
+
+
+def broken(*_, **__):
+    raise RuntimeError(f"boom with {'s' * 40}")
+
+
+def test_no_failure_of_wandb_reaches_training(tmp_path, monkeypatch):
+    runs = sweep(tmp_path)
+    monkeypatch.setattr(wandb.Run, "log", broken)
+    runs.log(0, row(0, l0=1.0), 0)
+    runs.log(0, row(100, l0=1.0), 100)  # given up, not tried again
+    runs.summary(1, {"l0": 2.0})
+    sentences = runs.finish()
+    assert len(sentences) == 2 and "boom" in sentences[0]
+    assert offline_runs(tmp_path)["TopKTrainer-tiny-resid_post_layer_2_trainer_1"]["summary"]["eval/l0"] == 2.0
+
+
+def test_runs_that_cannot_even_be_recorded_are_named_once_and_no_key_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s" * 40)
+    monkeypatch.setattr(wandb, "init", broken)
+    runs = sweep(tmp_path)
+    runs.log(0, row(0, l0=1.0), 0)
+    runs.summary(0, {"l0": 1.0})
+    (sentence,) = runs.finish()
+    assert "boom with ***" in sentence
+    assert len(runs.ids) == 2
+
+
+def test_a_refused_start_is_recorded_offline_instead(tmp_path, monkeypatch):
+    real = wandb.init
+
+    def refuse_online(*args, **kwargs):
+        return real(*args, **kwargs) if kwargs["mode"] == "offline" else broken()
+
+    monkeypatch.setattr(wandb, "init", refuse_online)
+    runs = sweep(tmp_path)
+    runs.log(0, row(0, l0=1.0), 0)
+    assert len(runs.finish()) == 2
+    assert len(offline_runs(tmp_path)) == 2
+
+
+def test_what_is_still_unsent_at_the_end_is_not_waited_for_run_by_run(tmp_path, monkeypatch):
+    runs = sweep(tmp_path)
+    finished = []
+
+    def times_out(run, *_):
+        finished.append(run)
+        raise TimeoutError
+
+    real = wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", times_out)
+    assert "wandb sync" in runs.finish()[-1]
+    assert len(finished) == 1
+    monkeypatch.setattr(wandb.Run, "finish", real)
+
+
+def test_the_tracker_of_a_sweep_without_wandb_does_nothing():
+    tracker = Tracker()
+    tracker.log(0, {"loss": 1.0}, 0)
+    tracker.summary(0, {"l0": 1.0})
+    assert tracker.finish() == [] and tracker.ids == []
