@@ -37,7 +37,7 @@ class Sweep:
     anneal_start: int = option(10000, "step at which p_anneal begins to lower p")
     dead_after_tokens: int = option(10_000_000, "tokens of silence after which a latent counts as dead")
     k_anneal_steps: int | None = option(None, "top-k family: fall from the model's width to k over so many steps")
-    resample_steps: int | None = option(None, "standard, p_anneal: revive dead latents this often; no decay then")
+    resample_steps: int | None = option(None, "standard, p_anneal: revive dead latents this often; no decay for them")
     # -- text
     dataset: str | None = option(None, "Hub id, file or folder, or python-stdlib; default by model")
     eval_dataset: str | None = option(None, "the same for evaluation; default: a held-out part of --dataset")
@@ -107,6 +107,7 @@ class Architecture:
     values: str  # field of Sweep
     schedule: tuple[str, ...]  # settings of `Schedule` it takes, beside warmup_steps and decay_start
     settings: dict[str, Any] = field(default_factory=dict)
+    wandb_prefix: str | None = None  # where it is not the trainer's name
 
 
 TOPK_SCHEDULE = ("threshold_start_step", "threshold_beta", "k_anneal_steps")
@@ -124,9 +125,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         "StandardTrainer", "l1_penalty", "standard_penalties", ("sparsity_warmup_steps", "resample_steps")
     ),
     "standard_new": Architecture(
-        "StandardTrainerAprilUpdate", "l1_penalty", "standard_penalties", ("sparsity_warmup_steps",)
+        "StandardTrainerAprilUpdate",
+        "l1_penalty",
+        "standard_penalties",
+        ("sparsity_warmup_steps",),
+        wandb_prefix="StandardTrainerNew",
     ),
-    "gated": Architecture("GatedSAETrainer", "l1_penalty", "gated_penalties", ("sparsity_warmup_steps",)),
+    "gated": Architecture(
+        "GatedSAETrainer", "l1_penalty", "gated_penalties", ("sparsity_warmup_steps",), wandb_prefix="GatedTrainer"
+    ),
     "top_k": Architecture("TopKTrainer", "k", "target_l0s", TOPK_SCHEDULE),
     "batch_top_k": Architecture("BatchTopKTrainer", "k", "target_l0s", TOPK_SCHEDULE),
     "matryoshka_batch_top_k": Architecture(
@@ -141,7 +148,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 # SAE Bench's recipe; each value with its source.
-#   widths, L0 targets, 500M tokens, batch 2048, lr 3e-4   SAE Bench, https://arxiv.org/abs/2503.09532, appendix on training
+#   widths, L0 targets, 500M tokens, batch 2048, lr 3e-4   SAE Bench, https://arxiv.org/abs/2503.09532, on training
 #   context length 1024, penalties, schedules              demo_config.py of adamkarvonen/dictionary_learning_demo
 #   the Pile for training and evaluation                   the same, before May 2025, when the SAEs were trained
 #   no mask                                                the same: every position was trained on
@@ -169,7 +176,7 @@ class Schedule:
     steps: int
     warmup_steps: int
     sparsity_warmup_steps: int
-    decay_start: int | None
+    decay_start: int
     threshold_start_step: int
     threshold_beta: float
     anneal_start: int
@@ -210,7 +217,7 @@ def get_schedule(sweep: Sweep) -> Schedule:
         steps=steps,
         warmup_steps=fit("warmup_steps", steps),
         sparsity_warmup_steps=fit("sparsity_warmup_steps", steps),
-        decay_start=None if sweep.resample_steps else int(steps * sweep.decay_start_fraction),
+        decay_start=int(steps * sweep.decay_start_fraction),
         threshold_start_step=fit("threshold_start_step", steps),
         threshold_beta=1 - 1 / window,
         anneal_start=fit("anneal_start", steps),
@@ -234,6 +241,8 @@ def get_trainer_configs(
     submodule_name = f"resid_post_layer_{layer}"
     configs: list[dict[str, Any]] = []
     for row in (row for name, row in ARCHITECTURES.items() if name in architectures):
+        prefix = row.wandb_prefix or row.trainer
+        resampled = "resample_steps" in row.schedule and schedule.resample_steps is not None
         for seed in sweep.random_seeds:
             for width in sweep.dictionary_widths:
                 for lr in sweep.learning_rates:
@@ -250,10 +259,10 @@ def get_trainer_configs(
                                 "layer": layer,
                                 "lm_name": model_name,
                                 "submodule_name": submodule_name,
-                                "wandb_name": f"{row.trainer}-{model_name}-{submodule_name}_trainer_{len(configs)}",
+                                "wandb_name": f"{prefix}-{model_name}-{submodule_name}_trainer_{len(configs)}",
                                 "steps": schedule.steps,
                                 "warmup_steps": schedule.warmup_steps,
-                                "decay_start": schedule.decay_start,
+                                "decay_start": None if resampled else schedule.decay_start,
                                 "dead_feature_threshold": schedule.dead_feature_threshold,
                                 **{name: getattr(schedule, name) for name in row.schedule},
                                 **row.settings,

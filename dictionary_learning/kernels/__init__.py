@@ -1,6 +1,6 @@
 """The hot operations of a training step, each a few lines of torch that any device runs."""
 
-from .select import encode_active, encode_batch_topk, encode_topk
-from .sparse import Code, sparse_decode
+from .select import encode_above, encode_batch_topk, encode_topk
+from .sparse import Code, Features
 
-__all__ = ["Code", "encode_active", "encode_batch_topk", "encode_topk", "sparse_decode"]
+__all__ = ["Code", "Features", "encode_above", "encode_batch_topk", "encode_topk"]

@@ -1,6 +1,6 @@
 """Sparse codes and the three products a training step needs of them.
 
-With z_b = x_b - b_dec, the active pairs (b, f), their values v = relu(<z_b, e_f> + c_f) and the gradient G_b of the
+With z_b = x_b - b_dec, the chosen pairs (b, f), their values v = relu(<z_b, e_f> + c_f) and the gradient G_b of the
 reconstruction, one step needs (and nothing of size B x F):
 
     x_hat_b = sum_f v w_f        dv = <G_b, w_f>         dw_f = sum_b v G_b
@@ -8,7 +8,7 @@ reconstruction, one step needs (and nothing of size B x F):
 
 The sums are one operation, an embedding bag with per-sample weights: bags are tokens for x_hat, latents for dw and de.
 
-B tokens, D activation_dim, F dict_size, N active pairs, R rows decoded to (B, or B x groups for Matryoshka).
+B tokens, D activation_dim, F dict_size, N chosen pairs, R rows decoded to (B, or B x groups for Matryoshka).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Code:
-    """N active (token, latent) pairs in token order; their values are a tensor of its own, so that autograd sees it."""
+    """N chosen (token, latent) pairs, tokens ascending."""
 
     token_N: Tensor
     latent_N: Tensor
@@ -30,18 +30,57 @@ class Code:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """(order_N, offsets_F): the pairs sorted by latent, and where each latent's begin."""
-        order_N = torch.argsort(self.latent_N, stable=True)
-        return order_N, _offsets(self.latent_N, self.dict_size)
+        return torch.argsort(self.latent_N, stable=True), _offsets(self.latent_N, self.dict_size)
 
-    def dense(self, values_N: Tensor) -> Tensor:
-        """f_BF with `values_N` at the pairs and zero elsewhere; differentiable."""
-        f_BF = values_N.new_zeros(self.n_tokens, self.dict_size)
-        return f_BF.index_put((self.token_N, self.latent_N), values_N)
 
-    def fired(self, values_N: Tensor) -> Tensor:
-        """Bool mask_F of the latents with a positive value."""
-        fired_F = torch.zeros(self.dict_size, dtype=torch.bool, device=values_N.device)
-        return fired_F.index_put((self.latent_N,), values_N > 0, accumulate=True)
+@dataclass(eq=False)
+class Features:
+    """What an encoder says of a batch: all B x F values, or only those of chosen pairs, which the rest follow alike.
+
+    values: f_BF where `code` is None, else f_N of its pairs; every other value is zero.
+    """
+
+    values: Tensor
+    code: Code | None = None
+
+    def of_latent(self, values_F: Tensor) -> Tensor:
+        """Per-latent values, in a shape that goes with `values`."""
+        return values_F if self.code is None else values_F[self.code.latent_N]
+
+    def sum_over_latents(self, values: Tensor) -> Tensor:
+        """(B,): each token's sum of something of the shape of `values`."""
+        if self.code is None:
+            return values.sum(dim=-1)
+        return values.new_zeros(self.code.n_tokens).index_add(0, self.code.token_N, values)
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """(F,): each latent's sum."""
+        if self.code is None:
+            return values.sum(dim=0)
+        return values.new_zeros(self.code.dict_size).index_add(0, self.code.latent_N, values)
+
+    def fired(self) -> Tensor:
+        """Bool (F,): the latents with a positive value."""
+        if self.code is None:
+            return (self.values > 0).any(dim=0)
+        fired_F = torch.zeros(self.code.dict_size, dtype=torch.bool, device=self.values.device)
+        return fired_F.index_put((self.code.latent_N,), self.values > 0, accumulate=True)
+
+    def decode(self, decoder_FD: Tensor) -> Tensor:
+        """x_hat_BD without bias."""
+        if self.code is None:
+            return self.values @ decoder_FD
+        return sparse_decode(self.values, decoder_FD, self.code, self.code.token_N, self.code.n_tokens)
+
+    def dense(self) -> Tensor:
+        """f_BF; differentiable."""
+        if self.code is None:
+            return self.values
+        f_BF = self.values.new_zeros(self.code.n_tokens, self.code.dict_size)
+        return f_BF.index_put((self.code.token_N, self.code.latent_N), self.values)
+
+    def detach(self) -> "Features":
+        return Features(self.values.detach(), self.code)
 
 
 def _offsets(key_N: Tensor, n_bags: int) -> Tensor:
@@ -64,21 +103,23 @@ def _dots(grad_RD: Tensor, row_N: Tensor, offsets_R: Tensor, table_FD: Tensor, l
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values_N: Tensor, decoder_FD: Tensor, code: Code, row_N: Tensor, n_rows: int) -> Tensor:
-        # under autocast both are cast as a matmul would cast them; the sum over a bag is fp32 inside the kernel
-        table_FD, weights_N = decoder_FD.to(values_N.dtype), values_N
+        table_FD = decoder_FD.to(values_N.dtype)  # under autocast, as a matmul would cast it
         offsets_R = _offsets(row_N, n_rows)
-        ctx.save_for_backward(weights_N, table_FD, row_N, offsets_R)
+        ctx.save_for_backward(values_N, table_FD, row_N, offsets_R)
         ctx.code, ctx.weight_dtype = code, decoder_FD.dtype
-        return _bag(code.latent_N, table_FD, offsets_R, weights_N)
+        return _bag(code.latent_N, table_FD, offsets_R, values_N)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         values_N, table_FD, row_N, offsets_R = ctx.saved_tensors
         grad_RD = grad_RD.to(values_N.dtype).contiguous()
-        grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
-        order_N, offsets_F = ctx.code.by_latent
-        grad_decoder_FD = _bag(row_N[order_N], grad_RD, offsets_F, values_N[order_N])
-        return grad_values_N, grad_decoder_FD.to(ctx.weight_dtype), None, None, None
+        grad_values_N = grad_decoder_FD = None
+        if ctx.needs_input_grad[0]:
+            grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
+        if ctx.needs_input_grad[1]:
+            order_N, offsets_F = ctx.code.by_latent
+            grad_decoder_FD = _bag(row_N[order_N], grad_RD, offsets_F, values_N[order_N]).to(ctx.weight_dtype)
+        return grad_values_N, grad_decoder_FD, None, None, None
 
 
 def sparse_decode(values_N: Tensor, decoder_FD: Tensor, code: Code, row_N: Tensor, n_rows: int) -> Tensor:
@@ -86,30 +127,32 @@ def sparse_decode(values_N: Tensor, decoder_FD: Tensor, code: Code, row_N: Tenso
     return _SparseDecode.apply(values_N, decoder_FD, code, row_N, n_rows)  # pyright: ignore[reportReturnType]
 
 
-class _ActiveValues(torch.autograd.Function):
-    """The values of chosen pairs as a differentiable function of the encoder, for a choice already made."""
-
+class _PreActivations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values_N: Tensor, z_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, code: Code):
-        ctx.save_for_backward(values_N, z_BD, encoder_FD)
+    def forward(ctx, pre_N: Tensor, z_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, code: Code):
+        ctx.save_for_backward(z_BD, encoder_FD)
         ctx.code = code
-        return values_N.clone()
+        return pre_N.clone()
 
     @staticmethod
     def backward(ctx, grad_N: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        values_N, z_BD, encoder_FD = ctx.saved_tensors
+        z_BD, encoder_FD = ctx.saved_tensors
         code: Code = ctx.code
-        grad_N = torch.where(values_N > 0, grad_N, 0)  # the ReLU
         order_N, offsets_F = code.by_latent
         grad_encoder_FD = _bag(code.token_N[order_N], z_BD, offsets_F, grad_N[order_N].to(z_BD.dtype))
-        grad_bias_F = encoder_FD.new_zeros(code.dict_size).index_add_(0, code.latent_N, grad_N.to(encoder_FD.dtype))
-        # summed over the batch first, the gradient through x - b_dec is a matrix-vector product, not a matmul
-        grad_b_dec_D = -(grad_bias_F @ encoder_FD)
+        grad_bias_F = grad_b_dec_D = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grad_bias_F = encoder_FD.new_zeros(code.dict_size)
+            grad_bias_F.index_add_(0, code.latent_N, grad_N.to(encoder_FD.dtype))
+        if ctx.needs_input_grad[4]:
+            # summed over the batch first, the gradient through x - b_dec is a matrix-vector product, not a matmul
+            assert grad_bias_F is not None
+            grad_b_dec_D = -(grad_bias_F @ encoder_FD)
         return None, None, grad_encoder_FD.to(encoder_FD.dtype), grad_bias_F, grad_b_dec_D, None
 
 
-def active_values(
-    values_N: Tensor, z_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, code: Code
+def pre_activations(
+    pre_N: Tensor, z_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, code: Code
 ) -> Tensor:
-    """`values_N` = relu(<z_b, e_f> + c_f) at the pairs of `code`, with gradients to e, c and b_dec (z = x - b_dec)."""
-    return _ActiveValues.apply(values_N, z_BD, encoder_FD, bias_F, b_dec_D, code)  # pyright: ignore[reportReturnType]
+    """`pre_N` = <z_b, e_f> + c_f at the pairs of `code`, with gradients to e, c and b_dec (z = x - b_dec)."""
+    return _PreActivations.apply(pre_N, z_BD, encoder_FD, bias_F, b_dec_D, code)  # pyright: ignore[reportReturnType]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dictionary import BatchTopKSAE
-from ..kernels import Code, encode_batch_topk
+from ..kernels import Features, encode_batch_topk
 from .top_k import TopKTrainer
 from .trainer import LossOutput
 
@@ -26,16 +26,16 @@ class BatchTopKTrainer(TopKTrainer):
         # a value that will probably lie below the next batch's smallest selected one; it saves work and changes nothing
         self.guess: Tensor | None = None
 
-    def select(self, x_BD: Tensor) -> tuple[Tensor, Code]:
+    def select(self, x_BD: Tensor) -> Features:
         ae = self.ae
         return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k * len(x_BD), self.guess)
 
-    def fired(self, values_N: Tensor, code: Code) -> Tensor:
-        return code.fired(values_N)
+    def fired(self, f: Features) -> Tensor:
+        return f.fired()
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the smallest positive activation of the batch; +inf where there is none."""
-        values_N = out.f.float()
+        values_N = out.f.values.float()
         positive_N = torch.where(values_N > 0, values_N, torch.inf)
         return positive_N.amin() if len(values_N) else values_N.new_tensor(torch.inf)
 

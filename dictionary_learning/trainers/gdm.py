@@ -5,12 +5,13 @@ B tokens in the batch, D activation_dim, F dict_size.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..dictionary import GatedAutoEncoder
+from ..kernels import Features, encode_above
 from .standard import StandardAprilConfig, squared_error
-from .trainer import LossOutput, SAETrainer, Terms, UnitNorm
+from .trainer import LossOutput, SparseTrainer, Terms, UnitNorm
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class GatedConfig(StandardAprilConfig):
     lr: float | None = 5e-5
 
 
-class GatedSAETrainer(SAETrainer):
+class GatedSAETrainer(SparseTrainer):
     """L1 penalty on the gate only, which also reconstructs through a frozen decoder.
 
     Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014, eq. 8
@@ -31,13 +32,25 @@ class GatedSAETrainer(SAETrainer):
     betas = (0.0, 0.999)
     unit_norm = UnitNorm(projection_eps=0.0, renorm_eps=0.0)
 
+    def encode(self, x_BD: Tensor) -> tuple[Features, Features]:
+        """(relu of the gate's pre-activation, f), at the same pairs."""
+        ae = self.ae
+        if not self.sparse:
+            gate_BF, f_BF = ae.gate_and_features(x_BD)
+            return Features(gate_BF), Features(f_BF)
+        # the gate is open where u > -b_gate; u itself has no bias
+        u = encode_above(x_BD, ae.encoder_FD, torch.zeros_like(ae.gate_bias), ae.decoder_bias, -ae.gate_bias)
+        gate_N = torch.relu(u.values + u.of_latent(ae.gate_bias))
+        f_N = torch.relu(u.of_latent(ae.r_mag.exp()) * u.values + u.of_latent(ae.mag_bias))
+        return Features(gate_N, u.code), Features(f_N, u.code)
+
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        gate_BF, f_BF = self.ae.gate_and_features(x_BD)
-        x_hat_BD = self.ae.decode(f_BF)
+        gate, f = self.encode(x_BD)
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.decoder_bias
         # only the gate and the encoder's bias learn from the gate's own reconstruction
-        x_hat_gate_BD = linear(gate_BF, self.ae.decoder.weight.detach()) + self.ae.decoder_bias.detach()
+        x_hat_gate_BD = gate.decode(self.ae.decoder_FD.detach()) + self.ae.decoder_bias.detach()
         error, aux = squared_error(x_BD, x_hat_BD), squared_error(x_BD, x_hat_gate_BD)
-        l1 = gate_BF.norm(p=1, dim=-1).mean()
+        l1 = gate.sum_over_latents(gate.values).mean()
         loss = error + self.cfg.l1_penalty * self.cfg.sparsity_scale(step) * l1 + aux
         terms: Terms = {"mse_loss": error, "sparsity_loss": l1, "aux_loss": aux, "loss": loss}
-        return LossOutput(loss, x_hat_BD, f_BF, (f_BF.detach() > 0).any(dim=0), terms)
+        return LossOutput(loss, x_hat_BD, f, f.detach().fired(), terms)

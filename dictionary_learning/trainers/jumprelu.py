@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..dictionary import JumpReluAutoEncoder
+from ..kernels import Features, encode_above
 from .standard import squared_error
-from .trainer import LossOutput, SAETrainer, SparsityWarmup, Terms, TrainerConfig, UnitNorm
+from .trainer import LossOutput, SparseTrainer, SparsityWarmup, Terms, TrainerConfig, UnitNorm
 
 
 @dataclass(kw_only=True)
@@ -27,45 +28,48 @@ class JumpReluConfig(SparsityWarmup, TrainerConfig):
         self.check_sparsity_warmup(self.steps, self.decay_start)
 
 
-def _near(v_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+def _near(v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """The rectangle kernel: 1 where |v - threshold| < bandwidth / 2."""
-    return ((v_BF - threshold_F) / bandwidth).abs() < 0.5
+    return ((v - threshold) / bandwidth).abs() < 0.5
 
 
 class JumpReLU(torch.autograd.Function):
-    """z * 1[z > threshold]; the threshold's gradient by the rectangle kernel (section 3 of the paper)."""
+    """z * 1[z > threshold]; the threshold's gradient by the rectangle kernel (section 3 of the paper).
+
+    z is (B, F) with threshold (F,), or both are (N,): each pair with its latent's.
+    """
 
     @staticmethod
-    def forward(ctx, z_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z_BF, threshold_F)
+    def forward(ctx, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(z_BF > threshold_F, z_BF, 0)
+        return torch.where(z > threshold, z, 0)
 
     @staticmethod
-    def backward(ctx, grad_BF: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        z_BF, threshold_F = ctx.saved_tensors
-        near_BF = _near(z_BF, threshold_F, ctx.bandwidth)
-        grad_threshold_F = -(threshold_F / ctx.bandwidth) * torch.where(near_BF, grad_BF, 0).sum(dim=0)
-        return torch.where(z_BF > threshold_F, grad_BF, 0), grad_threshold_F, None
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, threshold = ctx.saved_tensors
+        near = torch.where(_near(z, threshold, ctx.bandwidth), grad, 0)
+        grad_threshold = -(threshold / ctx.bandwidth) * near.sum_to_size(threshold.shape)
+        return torch.where(z > threshold, grad, 0), grad_threshold, None
 
 
 class Step(torch.autograd.Function):
     """1[v > threshold]; a gradient for the threshold only."""
 
     @staticmethod
-    def forward(ctx, v_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(v_BF, threshold_F)
+    def forward(ctx, v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(v, threshold)
         ctx.bandwidth = bandwidth
-        return (v_BF > threshold_F).to(v_BF.dtype)
+        return (v > threshold).to(v.dtype)
 
     @staticmethod
-    def backward(ctx, grad_BF: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        v_BF, threshold_F = ctx.saved_tensors
-        near_BF = _near(v_BF, threshold_F, ctx.bandwidth)
-        return None, -torch.where(near_BF, grad_BF, 0).sum(dim=0) / ctx.bandwidth, None
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, threshold = ctx.saved_tensors
+        near = torch.where(_near(v, threshold, ctx.bandwidth), grad, 0)
+        return None, -near.sum_to_size(threshold.shape) / ctx.bandwidth, None
 
 
-class JumpReluTrainer(SAETrainer):
+class JumpReluTrainer(SparseTrainer):
     """Squared error plus sparsity_penalty * (L0 / target_l0 - 1)^2."""
 
     Config = JumpReluConfig
@@ -76,15 +80,33 @@ class JumpReluTrainer(SAETrainer):
     unit_norm = UnitNorm(projection_eps=1e-6, renorm_eps=torch.finfo(torch.float32).eps)
     max_grad_norm = 1.0
 
+    def encode(self, x_BD: Tensor) -> tuple[Features, Tensor]:
+        """(f, sum over all B F entries of 1[f > threshold]), with the kernel's gradients for the thresholds."""
+        ae, bandwidth = self.ae, self.cfg.bandwidth
+        if not self.sparse:
+            z = Features(ae.pre_activations(x_BD))
+        else:  # an entry further below its threshold than the kernel reaches is zero and has no gradient
+            z = encode_above(x_BD, ae.encoder_FD, ae.b_enc, None, ae.threshold - bandwidth / 2)
+        threshold = z.of_latent(ae.threshold)
+        f = Features(JumpReLU.apply(z.values, threshold, bandwidth), z.code)
+        # of the features, not of the pre-activations: the gradient is one-sided, as in the reference
+        n_active = Step.apply(f.values, threshold, bandwidth).sum()
+        if z.code is not None:
+            # but the entries left out are features too, of value 0, which the kernel reaches where thresholds are small
+            left_out_F = len(x_BD) - z.sum_over_tokens(torch.ones_like(f.values.detach()))
+            n_active = (
+                n_active + (Step.apply(torch.zeros_like(ae.threshold), ae.threshold, bandwidth) * left_out_F).sum()
+            )
+        return f, n_active
+
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
         cfg = self.cfg
         x_BD = x_BD.to(self.ae.W_enc.dtype)
-        f_BF = JumpReLU.apply(self.ae.pre_activations(x_BD), self.ae.threshold, cfg.bandwidth)
-        x_hat_BD = self.ae.decode(f_BF)
+        f, n_active = self.encode(x_BD)
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.b_dec
         error = squared_error(x_BD, x_hat_BD)
-        # of the features, not of the pre-activations: the gradient is one-sided, as in the reference
-        l0 = Step.apply(f_BF, self.ae.threshold, cfg.bandwidth).sum(dim=-1).mean()
+        l0 = n_active / len(x_BD)
         sparsity = cfg.sparsity_penalty * (l0 / cfg.target_l0 - 1) ** 2 * cfg.sparsity_scale(step)
         loss = error + sparsity
         terms: Terms = {"l2_loss": error, "sparsity_loss": sparsity, "loss": loss}
-        return LossOutput(loss, x_hat_BD, f_BF, (f_BF.detach() > 0).any(dim=0), terms)
+        return LossOutput(loss, x_hat_BD, f, f.detach().fired(), terms)

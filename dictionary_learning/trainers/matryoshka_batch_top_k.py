@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..dictionary import Dictionary, MatryoshkaBatchTopKSAE
-from ..kernels import Code, sparse_decode
+from ..kernels import Features
+from ..kernels.sparse import sparse_decode
 from .batch_top_k import BatchTopKTrainer
 from .top_k import TopKConfig
 from .trainer import Terms
@@ -57,13 +58,14 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
             cfg.activation_dim, cfg.dict_size, k=cfg.k, group_sizes=cfg.group_sizes, generator=self.generator
         )  # pyright: ignore[reportCallIssue]
 
-    def reconstruct(self, x_BD: Tensor, values_N: Tensor, code: Code) -> tuple[Tensor, Tensor, Terms]:
-        n_groups = len(self.cfg.group_fractions)
+    def reconstruct(self, x_BD: Tensor, f: Features) -> tuple[Tensor, Tensor, Terms]:
+        code, n_groups = f.code, len(self.cfg.group_fractions)
+        assert code is not None
         # a latent's group, and one bag a (token, group): rows ascend, since the pairs ascend by token and latent
         ends_G = self.ae.group_sizes.cumsum(0)
         group_N = torch.searchsorted(ends_G, code.latent_N, right=True)
         row_N = code.token_N * n_groups + group_N
-        parts = sparse_decode(values_N, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups)
+        parts = sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups)
         prefixes_BGD = parts.view(len(x_BD), n_groups, -1).cumsum(dim=1) + self.ae.b_dec
         assert self.cfg.group_weights is not None
         weight_G = x_BD.new_tensor(self.cfg.group_weights, dtype=torch.float32)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import Features
 from .standard import StandardConfig, StandardTrainer
 from .trainer import LossOutput, Terms
 
@@ -62,12 +63,12 @@ class PAnnealTrainer(StandardTrainer):
         self.events_passed = 0
         self.queue: list[tuple[Tensor, Tensor]] = []  # (penalty at p, penalty at the next p) of the last batches
 
-    def lp(self, f_BF: Tensor, p: float) -> Tensor:
-        sum_B = f_BF.pow(p).sum(dim=-1)
+    def lp(self, f: Features, p: float) -> Tensor:
+        sum_B = f.sum_over_latents(f.values.pow(p))
         return (sum_B if self.cfg.sparsity_function == "Lp^p" else sum_B.pow(1 / p)).mean()
 
-    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
-        lp = self.lp(f_BF, self.p)
+    def penalty(self, f: Features, step: int) -> tuple[Tensor, Terms]:
+        lp = self.lp(f, self.p)
         scaled = lp * self.sparsity_coeff * self.cfg.sparsity_scale(step)
         return scaled, {
             "p": self.p,
@@ -79,6 +80,7 @@ class PAnnealTrainer(StandardTrainer):
 
     @torch.no_grad()
     def after_step(self, step: int, out: LossOutput) -> None:
+        super().after_step(step, out)
         if self.next_p is not None:
             pair = (torch.as_tensor(out.terms["lp_loss"]).detach(), self.lp(out.f.detach(), self.next_p))
             self.queue = [*self.queue, pair][-self.cfg.sparsity_queue_length :]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..dictionary import AutoEncoder
-from .trainer import LossOutput, SAETrainer, SparsityWarmup, Terms, TrainerConfig, UnitNorm
+from ..kernels import Features, encode_above
+from .trainer import LossOutput, SparseTrainer, SparsityWarmup, Terms, TrainerConfig, UnitNorm
 
 
 @dataclass(kw_only=True)
@@ -40,24 +41,30 @@ def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     return (x_BD - x_hat_BD).pow(2).sum(dim=-1).mean()
 
 
-class ReLUTrainer(SAETrainer):
+class ReLUTrainer(SparseTrainer):
     """Squared error plus a penalty on the features of an `AutoEncoder`; the subclass says which penalty."""
 
     ae: AutoEncoder
     dict_class = AutoEncoder
 
-    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
+    def penalty(self, f: Features, step: int) -> tuple[Tensor, Terms]:
         """(what is added to the squared error, logged terms)"""
         raise NotImplementedError
 
+    def encode(self, x_BD: Tensor) -> Features:
+        if not self.sparse:
+            return Features(self.ae.encode(x_BD))
+        return encode_above(x_BD, self.ae.encoder_FD, self.ae.encoder.bias, self.ae.bias, 0.0)
+
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        x_hat_BD, f_BF = self.ae(x_BD, output_features=True)
+        f = self.encode(x_BD)
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.bias
         error = squared_error(x_BD, x_hat_BD)
-        penalty, terms = self.penalty(f_BF, step)
+        penalty, terms = self.penalty(f, step)
         loss = error + penalty
         l2 = (x_BD - x_hat_BD).detach().norm(dim=-1).mean()
         terms = {"l2_loss": l2, "mse_loss": error, **terms, "loss": loss}
-        return LossOutput(loss, x_hat_BD, f_BF, (f_BF.detach() > 0).any(dim=0), terms)
+        return LossOutput(loss, x_hat_BD, f, f.detach().fired(), terms)
 
 
 class StandardTrainer(ReLUTrainer):
@@ -77,8 +84,8 @@ class StandardTrainer(ReLUTrainer):
             "steps_since_active", torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
         )
 
-    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
-        l1 = f_BF.norm(p=1, dim=-1).mean()
+    def penalty(self, f: Features, step: int) -> tuple[Tensor, Terms]:
+        l1 = f.sum_over_latents(f.values).mean()
         return self.cfg.l1_penalty * self.cfg.sparsity_scale(step) * l1, {"sparsity_loss": l1}
 
     def lr(self, step: int) -> float:
@@ -127,6 +134,6 @@ class StandardTrainerAprilUpdate(ReLUTrainer):
     cfg: StandardAprilConfig
     max_grad_norm = 1.0
 
-    def penalty(self, f_BF: Tensor, step: int) -> tuple[Tensor, Terms]:
-        l1 = (f_BF * self.ae.decoder_FD.norm(dim=1)).sum(dim=-1).mean()
+    def penalty(self, f: Features, step: int) -> tuple[Tensor, Terms]:
+        l1 = f.sum_over_latents(f.values * f.of_latent(self.ae.decoder_FD.norm(dim=1))).mean()
         return self.cfg.l1_penalty * self.cfg.sparsity_scale(step) * l1, {"sparsity_loss": l1}

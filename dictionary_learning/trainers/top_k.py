@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
-from ..kernels import Code, encode_topk, sparse_decode
+from ..kernels import Features, encode_topk
 from .standard import squared_error
 from .trainer import LossOutput, SAETrainer, Terms, TrainerConfig, UnitNorm
 
@@ -77,35 +77,36 @@ class TopKTrainer(SAETrainer):
 
     # -- what distinguishes the family's members
 
-    def select(self, x_BD: Tensor) -> tuple[Tensor, Code]:
-        """(values_N, code) of the active pairs."""
+    def select(self, x_BD: Tensor) -> Features:
+        """The features that take part in the reconstruction."""
         return encode_topk(x_BD, self.ae.encoder_FD, self.ae.encoder_bias_F, self.ae.b_dec, self.k)
 
-    def fired(self, values_N: Tensor, code: Code) -> Tensor:
-        """The latents that count as active: here every selected one, even at zero."""
-        fired_F = torch.zeros(code.dict_size, dtype=torch.bool, device=values_N.device)
-        return fired_F.index_fill(0, code.latent_N, True)
+    def fired(self, f: Features) -> Tensor:
+        """Bool (F,): the latents that count as active, here every selected one, even at zero."""
+        assert f.code is not None
+        fired_F = torch.zeros(f.code.dict_size, dtype=torch.bool, device=f.values.device)
+        return fired_F.index_fill(0, f.code.latent_N, True)
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the mean over tokens of the smallest positive activation; +inf where no token has one."""
-        values_BK = out.f.view(len(out.x_hat_BD), -1).float()
+        values_BK = out.f.values.view(len(out.x_hat_BD), -1).float()
         least_B = torch.where(values_BK > 0, values_BK, torch.inf).amin(dim=1)
         active_B = least_B.isfinite()
         mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
         return torch.where(active_B.any(), mean, torch.inf)
 
-    def reconstruct(self, x_BD: Tensor, values_N: Tensor, code: Code) -> tuple[Tensor, Tensor, Terms]:
+    def reconstruct(self, x_BD: Tensor, f: Features) -> tuple[Tensor, Tensor, Terms]:
         """(x_hat_BD, reconstruction loss, logged terms)"""
-        x_hat_BD = sparse_decode(values_N, self.ae.decoder_FD, code, code.token_N, len(x_BD)) + self.ae.b_dec
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.b_dec
         error = squared_error(x_BD, x_hat_BD)
         return x_hat_BD, error, {"l2_loss": error}
 
     # -- the step
 
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        values_N, code = self.select(x_BD)
-        x_hat_BD, error, terms = self.reconstruct(x_BD, values_N, code)
-        fired_F = self.fired(values_N.detach(), code)
+        f = self.select(x_BD)
+        x_hat_BD, error, terms = self.reconstruct(x_BD, f)
+        fired_F = self.fired(f.detach())
         auxk, pre_norm, n_dead = self.auxiliary_loss(x_BD, x_hat_BD, fired_F)
         loss = error + self.cfg.auxk_alpha * auxk
         terms |= {
@@ -115,7 +116,7 @@ class TopKTrainer(SAETrainer):
             "dead_features": n_dead,
             "pre_norm_auxk_loss": pre_norm,
         }
-        return LossOutput(loss, x_hat_BD, values_N, fired_F, terms)
+        return LossOutput(loss, x_hat_BD, f, fired_F, terms)
 
     def auxiliary_loss(
         self, x_BD: Tensor, x_hat_BD: Tensor, fired_F: Tensor
@@ -143,11 +144,13 @@ class TopKTrainer(SAETrainer):
 
     @torch.no_grad()
     def after_step(self, step: int, out: LossOutput) -> None:
-        if step > self.cfg.threshold_start_step:
-            threshold, beta = self.ae.threshold, self.cfg.threshold_beta
+        threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
+        if step > self.cfg.threshold_start_step or last:
             least = self.smallest_active(out)
             moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
-            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # a batch with nothing active says nothing
+            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # nothing active says nothing
+        if last:  # however short or empty the run, what is saved has a threshold
+            threshold.clamp_(min=0)
         if self.cfg.k_anneal_steps is not None:
             done = min(step, self.cfg.k_anneal_steps) / self.cfg.k_anneal_steps
             self.k = int(self.cfg.activation_dim * (1 - done) + self.cfg.k * done)

@@ -30,11 +30,10 @@ def run_folder(tmp_path) -> Path:
             folder.mkdir(parents=True)
             trainer = {"trainer_class": name, "dict_class": "AutoEncoder", "dict_size": width, "layer": layer}
             (folder / "config.json").write_text(json.dumps({"trainer": trainer | {"lm_name": "m"}, "buffer": {}}))
-            (folder / "ae.pt").write_bytes(b"")
             score = 1 - 1 / l0
             results = {"l0": l0, "frac_recovered": score, "frac_variance_explained": score, "kl_divergence": 1 / l0}
             (folder / "eval_results.json").write_text(json.dumps(results | {"frac_alive": 1.0}))
-            history = [{"tokens": t, "l0": l0, "frac_variance_explained": score, "loss": math.exp(-t)} for t in range(3)]
+            history = [{"tokens": t, "l0": l0, "loss": math.exp(-t), "dead_features": t} for t in range(3)]
             (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
             save_file({"density": np.linspace(0, 0.1, width, dtype=np.float32)}, folder / "density.safetensors")
     return tmp_path / "run"
@@ -57,6 +56,7 @@ def test_the_notebook_runs_from_top_to_bottom(run_folder, tmp_path, monkeypatch)
     first_code_cell.source = f"RUN_FOLDERS = [{str(run_folder)!r}]"
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    [summary] = [output.text for output in outputs if output.output_type == "stream"]
-    assert summary == "96 SAEs in 1 run folders\n"
+    assert "{'SAEs': 96, 'run folders': 1, 'problems': []}" in [
+        output.get("data", {}).get("text/plain") for output in outputs
+    ]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7

@@ -20,7 +20,6 @@ def write_sae(
     trainer = {"trainer_class": trainer_class, "dict_class": "AutoEncoderTopK", "dict_size": width, "layer": layer}
     trainer |= {"activation_dim": 16, "lm_name": "some/model", "seed": 0, "lr": 3e-4}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 16}}))
-    (folder / "ae.pt").write_bytes(b"")
     if results is None:
         results = {"l0": 2.0**number, "frac_recovered": 0.9, "frac_alive": 1.0, "kl_divergence": 0.1}
     (folder / "eval_results.json").write_text(json.dumps(results))
@@ -96,8 +95,8 @@ def test_broken_files_are_reported_and_stop_nothing(tmp_path):
     write_sae(tmp_path, 5)
     records, problems = read_runs([tmp_path])
     assert [record.folder.name for record in records] == [f"trainer_{i}" for i in (0, 1, 3, 4, 5)]
-    assert len(problems) == 5
-    for problem, what in zip(problems, ["trainer_0", "trainer_1", "'trainer'", "metrics.jsonl", "it broke"], strict=True):
+    expected = ["trainer_0", "trainer_1", "'trainer'", "metrics.jsonl", "it broke"]
+    for problem, what in zip(problems, expected, strict=True):
         assert what in problem
     assert len(pareto_figure(records).axes[0].lines) == 1
     assert training_figure(records).axes == []
@@ -115,7 +114,9 @@ def test_numbers_that_are_not_finite_are_no_numbers(tmp_path):
 
 def test_a_run_of_the_reference_without_loss_recovered_says_so_and_draws_the_rest(tmp_path):
     for i in range(3):
-        write_sae(tmp_path, i, results={"l0": 2.0**i, "frac_variance_explained": 0.5, "hyperparameters": {"n_inputs": 200}})
+        write_sae(
+            tmp_path, i, results={"l0": 2.0**i, "frac_variance_explained": 0.5, "hyperparameters": {"n_inputs": 2}}
+        )
     records, problems = read_runs([tmp_path])
     assert not problems
     assert "none of the 3 SAEs has l0 and frac_recovered" in texts(pareto_figure(records))

@@ -10,6 +10,8 @@ from dictionary_learning.tracking import Tracker, WandbRuns
 
 wandb = pytest.importorskip("wandb")
 
+NAMES = [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
+
 
 def read_offline(folder: Path) -> dict:
     """What one offline run recorded: its settings, its rows in order, its summary, its metric definitions.
@@ -50,8 +52,9 @@ def read_offline(folder: Path) -> dict:
     return run
 
 
-def offline_runs(folder: Path) -> dict[str, dict]:
-    return {run["name"]: run for run in map(read_offline, sorted((folder / "wandb").glob("offline-run-*")))}
+def offline_runs(folder: Path) -> list[dict]:
+    wandb.teardown()  # a finished run's file is only then sure to be written
+    return [read_offline(run) for run in sorted((folder / "wandb").glob("offline-run-*"))]
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +70,8 @@ def own_wandb(monkeypatch, tmp_path):
 
 
 def sweep(folder: Path, **settings) -> WandbRuns:
-    names = [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
     configs = [{"trainer_class": "TopKTrainer", "k": k, "group_sizes": [1, 2]} for k in (8, 16)]
-    return WandbRuns(names, configs, project="sweeps", group="run_folder", folder=folder, **settings)
+    return WandbRuns(NAMES, configs, project="sweeps", group="run_folder", folder=folder, **settings)
 
 
 def row(step: int, l0: float) -> dict:
@@ -87,8 +89,8 @@ def test_an_offline_sweep_reads_back(tmp_path):
     assert sentence.endswith(f"wandb sync --include-online {tmp_path / 'wandb'}")
 
     read = offline_runs(tmp_path)
-    assert list(read) == [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
-    for i, run in enumerate(read.values()):
+    assert [run["name"] for run in read] == NAMES
+    for i, run in enumerate(read):
         assert run["id"] == runs.ids[i]
         assert (run["project"], run["entity"], run["group"]) == ("sweeps", "team", "run_folder")
         assert run["config"]["k"] == 8 * (i + 1) and run["config"]["group_sizes"] == [1, 2]
@@ -108,8 +110,7 @@ def test_a_resumed_sweep_goes_on_in_the_same_runs(tmp_path):
     second.log(0, row(300, l0=1.0), 300)
     second.finish()
     assert second.ids == first.ids
-    folders = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
-    assert sorted(folders) == sorted(first.ids * 2)
+    assert sorted(run["id"] for run in offline_runs(tmp_path)) == sorted(first.ids * 2)
 
 
 @pytest.mark.parametrize("key", [None, "k" * 40], ids=["no login", "no server"])
@@ -122,7 +123,7 @@ def test_without_login_or_server_the_runs_are_offline_and_the_end_says_so(tmp_pa
     problem, command = runs.finish()
     assert problem.startswith("W&B cannot be reached") and "wandb sync" in command
     assert "k" * 40 not in problem + command
-    assert [step for step, _ in offline_runs(tmp_path)["TopKTrainer-tiny-resid_post_layer_2_trainer_1"]["rows"]] == [100]
+    assert [step for step, _ in offline_runs(tmp_path)[1]["rows"]] == [100]
 
 
 def broken(*_, **__):
@@ -137,7 +138,7 @@ def test_no_failure_of_wandb_reaches_training(tmp_path, monkeypatch):
     runs.summary(1, {"l0": 2.0})
     sentences = runs.finish()
     assert len(sentences) == 2 and "boom" in sentences[0]
-    assert offline_runs(tmp_path)["TopKTrainer-tiny-resid_post_layer_2_trainer_1"]["summary"]["eval/l0"] == 2.0
+    assert offline_runs(tmp_path)[1]["summary"]["eval/l0"] == 2.0
 
 
 def test_runs_that_cannot_even_be_recorded_are_named_once_and_no_key_is_shown(tmp_path, monkeypatch):

@@ -1,0 +1,684 @@
+"""Train, evaluate and share sparse autoencoders on a language model.
+
+This file is the command line: it turns flags and demo_config.py into a plan, checks it, and walks the plan through
+training, evaluation, plot and upload.  The science is in `dictionary_learning/`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import demo_config
+from demo_config import ARCHITECTURES, LLM_CONFIG, PRESETS, TINY_MODEL, Schedule, Sweep
+
+if TYPE_CHECKING:
+    from dictionary_learning.evaluation import Evaluation
+
+INTERRUPTED = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
+
+EXAMPLES = f"""\
+examples:
+  python demo.py
+      a small sweep on the built-in model and text; nothing is downloaded
+  python demo.py --save_dir saes --model_name EleutherAI/pythia-70m-deduped --layers 3 \\
+      --architectures standard jump_relu batch_top_k top_k gated
+  python demo.py --model_name google/gemma-2-2b --layers 5 12 19 --architectures batch_top_k --preset saebench
+      gated model: accept its licence on the Hub and run `hf auth login` first
+  python demo.py --save_dir saes --model_name Qwen/Qwen3-8B --layers 9 18 27 --architectures batch_top_k \\
+      --mixed_dataset --use_wandb --hf_repo_id USER/REPO
+  python demo.py --model_name ./my-finetune --layers 12 --dataset ./texts --text_column body --epochs 2
+      any causal LM and any text, from the Hub or the disk
+
+exit codes: 0 done, 2 something to mend in the command or its surroundings, {INTERRUPTED} stopped by a signal and
+resumable with --resume.
+"""
+
+
+# -- flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate and share sparse autoencoders (SAEs) on a language model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--save_dir", default="saes", help="folder in which the run gets its own (default: saes)")
+    run.add_argument(
+        "--model_name", default=TINY_MODEL, help=f"Hub id or folder of a causal LM (default: {TINY_MODEL})"
+    )
+    run.add_argument("--revision", help="of the model on the Hub: branch, tag or commit")
+    run.add_argument(
+        "--layers", type=int, nargs="+", help="layers whose output the SAEs read (default: the middle one)"
+    )
+    run.add_argument(
+        "--architectures", nargs="+", choices=list(ARCHITECTURES), metavar="NAME", help=_architectures_help()
+    )
+    run.add_argument("--preset", choices=list(PRESETS), help="a published recipe in place of the defaults")
+    run.add_argument(
+        "--device", help="cuda, cuda:1, mps, cpu, ... (default: the first of cuda, mps, cpu that is there)"
+    )
+    run.add_argument("--mixed_dataset", action="store_true", help="mix conversations into the text (--chat_*)")
+    run.add_argument("--dry_run", action="store_true", help="check everything, print the plan, and stop")
+    run.add_argument("--resume", action="store_true", help="continue this run where its last state was saved")
+    run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    run.add_argument("--save_checkpoints", action="store_true", help="also write SAEs at log-spaced steps")
+    run.add_argument("--no_eval", action="store_true", help="train only")
+    run.add_argument(
+        "--eval_only", nargs="*", metavar="FOLDER", help="evaluate these run or SAE folders, train nothing"
+    )
+    run.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases")
+    run.add_argument("--hf_repo_id", help="USER/REPO on the Hub that gets the run folder at the end")
+    run.add_argument("--private", action="store_true", help="create that repo as a private one")
+    run.add_argument("--upload_only", metavar="FOLDER", help="upload this run folder, do nothing else")
+    run.add_argument("--report", action="store_true", help="write a page of its latents for every SAE")
+    run.add_argument("--trust_remote_code", action="store_true", help="let the model's repo bring code of its own")
+
+    sweep = parser.add_argument_group("the sweep (defaults: demo_config.py)")
+    for field in dataclasses.fields(Sweep):
+        sweep.add_argument(f"--{field.name}", default=None, help=field.metadata["help"], **_kind(field))
+    return parser
+
+
+def _architectures_help() -> str:
+    return f"any of: {' '.join(ARCHITECTURES)} (default: {' '.join(demo_config.DEFAULT_ARCHITECTURES)})"
+
+
+def _kind(field: dataclasses.Field) -> dict[str, Any]:
+    """How argparse reads the flag of a field of Sweep, from its annotation."""
+    annotation = str(field.type)
+    if field.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kinds: dict[str, Any] = {"int": _count, "float": float, "str": str}
+    kind = next(kinds[name] for name in ("float", "int", "str") if name in annotation)
+    many = {"nargs": "+"} if "list" in annotation else {}
+    choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
+    return {"type": kind, **many, **choices}
+
+
+def _count(text: str) -> int:
+    """An integer, also written 50_000_000 or 5e7."""
+    value = float(text)
+    if not value.is_integer() or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(value)
+
+
+def resolve_sweep(args: argparse.Namespace) -> Sweep:
+    """Defaults, overridden by the model's row, the preset and the flags, in this order."""
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sweep)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = LLM_CONFIG.get(args.model_name, {}) | PRESETS.get(args.preset, {}) | given
+    sweep = Sweep(**values)
+    if "p_anneal" in (args.architectures or []) and sweep.resample_steps:
+        raise ValueError("--resample_steps cannot be combined with p_anneal in one run: give it to standard alone.")
+    if not 0 < sweep.decay_start_fraction < 1:
+        raise ValueError(f"--decay_start_fraction must lie between 0 and 1, got {sweep.decay_start_fraction}.")
+    if sweep.num_tokens < 20 * sweep.sae_batch_size:
+        raise ValueError(
+            f"--num_tokens {sweep.num_tokens:,} is too few: with --sae_batch_size {sweep.sae_batch_size:,} a run of at "
+            f"least 20 steps needs {20 * sweep.sae_batch_size:,}."
+        )
+    return sweep
+
+
+# -- the plan
+
+
+@dataclass
+class Plan:
+    """Everything that is known before a weight is loaded."""
+
+    args: argparse.Namespace
+    sweep: Sweep
+    schedule: Schedule
+    folder: Path
+    model_name: str
+    layers: list[int]
+    architectures: list[str]
+    device: str
+    activation_dim: int
+    n_layers: int
+    llm_parameters: int
+    configs: list[dict[str, Any]]  # of all layers, in order
+    dataset: str
+    eval_dataset: str
+    held_out: bool  # evaluation text is the held-out part of the training set
+
+    @property
+    def autocast(self) -> str:
+        return self.sweep.autocast or ("bfloat16" if self.device.startswith("cuda") else "float32")
+
+    @property
+    def sae_folders(self) -> list[Path]:
+        folders, n_before = [], dict.fromkeys(self.layers, 0)
+        for config in self.configs:
+            layer = config["layer"]
+            folders.append(self.folder / f"resid_post_layer_{layer}" / f"trainer_{n_before[layer]}")
+            n_before[layer] += 1
+        return folders
+
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs the same run: `run.json` keeps it, `--resume` compares it."""
+        return {
+            "model_name": self.model_name,
+            "revision": self.args.revision,
+            "layers": self.layers,
+            "architectures": self.architectures,
+            "preset": self.args.preset,
+            "mixed_dataset": self.args.mixed_dataset,
+            **dataclasses.asdict(self.sweep),
+            "dataset": self.dataset,
+            "eval_dataset": self.eval_dataset,
+            "eval_is_held_out": self.held_out,
+            "autocast": self.autocast,
+            "save_checkpoints": self.args.save_checkpoints,
+        }
+
+
+def run_folder(args: argparse.Namespace, architectures: list[str]) -> Path:
+    """`<save_dir>/<model>_<arch>_<arch>...`; a local model goes by the name of its folder."""
+    name = Path(args.model_name).resolve().name if os.path.isdir(args.model_name) else args.model_name
+    return Path(args.save_dir) / "_".join([name.replace("/", "_"), *architectures])
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Resolve the flags against the model and the machine; ValueError for what cannot work."""
+    sweep = resolve_sweep(args)
+    schedule = demo_config.get_schedule(sweep)
+    from dictionary_learning.model import model_shape, resolve_device
+
+    device = str(resolve_device(args.device))
+    shape = model_shape(args.model_name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    layers = args.layers or _default_layers(args, shape.n_layers)
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"--layers names a layer twice: {layers}.")
+    shape = model_shape(
+        args.model_name, last_layer=max(layers), revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+    for layer in layers:
+        if not 0 <= layer < shape.n_layers:
+            raise ValueError(f"model {args.model_name} has layers 0 to {shape.n_layers - 1}, not {layer}.")
+    if shape.context_limit is not None and sweep.context_length > shape.context_limit:
+        raise ValueError(
+            f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens "
+            f"{args.model_name} can read."
+        )
+    architectures = args.architectures or demo_config.DEFAULT_ARCHITECTURES
+    configs = [
+        config
+        for layer in layers
+        for config in demo_config.get_trainer_configs(
+            sweep, architectures, args.model_name, layer, shape.activation_dim, device
+        )
+    ]
+    for config in configs:  # the trainers' own checks, before anything is loaded
+        config["trainer"].Config(**{name: value for name, value in config.items() if name != "trainer"})
+    if sweep.buffer_tokens < 2 * sweep.sae_batch_size:
+        raise ValueError(
+            f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
+            f"{sweep.sae_batch_size:,}."
+        )
+    train_default, eval_default = demo_config.DEFAULT_DATASET
+    dataset = sweep.dataset or train_default
+    eval_dataset = sweep.eval_dataset or (eval_default if sweep.dataset is None else dataset)
+    return Plan(
+        args=args,
+        sweep=sweep,
+        schedule=schedule,
+        folder=run_folder(args, architectures),
+        model_name=args.model_name,
+        layers=layers,
+        architectures=architectures,
+        device=device,
+        activation_dim=shape.activation_dim,
+        n_layers=shape.n_layers,
+        llm_parameters=shape.n_parameters,
+        configs=configs,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        held_out=eval_dataset == dataset,
+    )
+
+
+def _default_layers(args: argparse.Namespace, n_layers: int) -> list[int]:
+    preset = demo_config.PRESET_LAYERS.get(args.preset or "", {})
+    return preset.get(args.model_name) or demo_config.DEFAULT_LAYERS.get(args.model_name) or [n_layers // 2]
+
+
+@dataclass
+class Needs:
+    """Bytes a run will take."""
+
+    llm: int
+    buffer: int
+    saes: int
+    step: int
+    disk: int
+
+
+def needs(plan: Plan) -> Needs:
+    """Weights, two moments and one gradient at a time in fp32; the disk holds each SAE twice, and two states."""
+    sweep = plan.sweep
+    parameters = [2 * c["activation_dim"] * c["dict_size"] + c["dict_size"] + c["activation_dim"] for c in plan.configs]
+    width = max(c["dict_size"] for c in plan.configs)
+    element = 4 if sweep.dtype == "float32" else 2
+    buffer = sweep.buffer_tokens * len(plan.layers) * plan.activation_dim * element
+    n_files = 2 + (len(checkpoint_steps(plan)) if plan.args.save_checkpoints else 0)
+    return Needs(
+        llm=plan.llm_parameters * element,
+        buffer=buffer,
+        saes=12 * sum(parameters),
+        step=4 * (max(parameters) + 2 * sweep.sae_batch_size * width),
+        disk=4 * n_files * sum(parameters) + 3 * (12 * sum(parameters) + buffer),
+    )
+
+
+def checkpoint_steps(plan: Plan) -> list[int]:
+    """0 and six log-spaced steps up to a third of the run."""
+    import torch
+
+    fractions = [0.0, *torch.logspace(-3, 0, 7).tolist()[:-1]]
+    return sorted({int(plan.schedule.steps * fraction) for fraction in fractions})
+
+
+def print_plan(plan: Plan) -> None:
+    sweep, schedule, need = plan.sweep, plan.schedule, needs(plan)
+    sizes = {
+        "language model": need.llm,
+        "activation buffer": need.buffer,
+        "SAEs and optimisers": need.saes,
+        "one training step, at most": need.step,
+    }
+    scaled = [f"{name} {asked:g} -> {used:g}" for name, (asked, used) in schedule.scaled.items()]
+    lines = [
+        f"{plan.model_name}: layers {', '.join(map(str, plan.layers))} of {plan.n_layers}, "
+        f"D = {plan.activation_dim}, {sweep.dtype}, on {plan.device}",
+        f"{len(plan.configs)} SAEs: {', '.join(plan.architectures)}; widths {sweep.dictionary_widths}",
+        f"{schedule.steps * sweep.sae_batch_size:,} tokens = {schedule.steps:,} steps of {sweep.sae_batch_size:,}, "
+        f"SAEs in {plan.autocast}",
+        f"text: {plan.dataset}{' + ' + sweep.chat_dataset if plan.args.mixed_dataset else ''}; "
+        f"evaluation: {'held-out part of ' if plan.held_out else ''}{plan.eval_dataset}",
+        *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
+        "memory: " + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
+        f"disk: {_size(need.disk)} in {plan.folder}",
+    ]
+    print("\n".join(lines))
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def check_disk(plan: Plan) -> None:
+    parent = plan.folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needs(plan).disk:
+        raise ValueError(f"the run needs {_size(needs(plan).disk)} on disk, and {parent} has {_size(free)} free.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} cannot be written to: choose another --save_dir.")
+
+
+# -- the run
+
+
+def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool) -> Any:
+    """Batches of contexts, for training or for evaluation."""
+    from dictionary_learning.data import open_batches
+
+    sweep = plan.sweep
+    return open_batches(
+        plan.eval_dataset if evaluation else plan.dataset,
+        tokenizer,
+        context_length=sweep.context_length,
+        batch_size=(sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)) if evaluation else sweep.llm_batch_size,
+        text_column=sweep.text_column,
+        held_out=evaluation if plan.held_out else None,
+        epochs=1 if evaluation else sweep.epochs,
+        mixed=plan.args.mixed_dataset,
+        chat_dataset=sweep.chat_dataset,
+        chat_fraction=sweep.chat_fraction,
+        chat_pack=sweep.pack_chats,
+        seed=sweep.random_seeds[0],
+    )
+
+
+def prepare_folder(plan: Plan) -> dict[str, Any] | None:
+    """Make the run folder and its run.json.  Returns the state to resume from, if there is one."""
+    from dictionary_learning.checkpoint import load_state, read_json, write_json
+
+    record, state = plan.folder / "run.json", None
+    if plan.folder.exists() and plan.args.overwrite and not plan.args.resume:
+        if any(plan.folder.iterdir()) and not record.exists():
+            raise ValueError(f"{plan.folder} is not the folder of a run, so --overwrite leaves it alone.")
+        shutil.rmtree(plan.folder)
+    if record.exists():
+        if not plan.args.resume:
+            raise ValueError(
+                f"{plan.folder} holds a run already: give --resume to continue it or --overwrite to replace it."
+            )
+        refuse_changes(read_json(record)["settings"], json.loads(json.dumps(plan.settings())))
+        state = load_state(plan.folder / "resume")
+    elif plan.args.resume:
+        raise ValueError(f"there is no run to resume in {plan.folder}.")
+    elif plan.folder.exists() and any(plan.folder.iterdir()):
+        raise ValueError(f"{plan.folder} exists and holds other things: choose another --save_dir.")
+    if state is None:
+        write_json(record, {"settings": plan.settings(), "command": shlex.join(sys.argv), "versions": versions()})
+    return state
+
+
+# What may differ between a run and its continuation: it changes no weight.
+FREE_TO_CHANGE = {
+    "backup_steps",
+    "backup_minutes",
+    "wandb_project",
+    "wandb_entity",
+    "eval_num_inputs",
+    "eval_batch_size",
+}
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    names = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
+    changed = [f"{n} was {before.get(n)}, is {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+    if changed:
+        raise ValueError(f"the run was started with other settings, so it cannot be resumed: {'; '.join(changed)}.")
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def train(plan: Plan, state: dict[str, Any] | None) -> None:
+    import torch
+    from dictionary_learning.buffer import ActivationBuffer
+
+    from dictionary_learning.checkpoint import save_state
+    from dictionary_learning.model import load_model
+    from dictionary_learning.tracking import Tracker, WandbRuns
+    from dictionary_learning.training import Loop, make_runs
+
+    sweep = plan.sweep
+    lm = load_model(
+        plan.model_name,
+        device=plan.device,
+        dtype=getattr(torch, sweep.dtype),
+        last_layer=max(plan.layers),
+        attn_implementation=sweep.attn_implementation,
+        revision=plan.args.revision,
+        trust_remote_code=plan.args.trust_remote_code,
+    )
+    text = open_text(plan, lm.tokenizer, evaluation=False)
+    buffer = ActivationBuffer(
+        text,
+        lm,
+        plan.layers,
+        n_tokens=sweep.buffer_tokens,
+        out_batch_size=sweep.sae_batch_size,
+        device=plan.device,
+        seed=sweep.random_seeds[0],
+        mask=sweep.mask,
+        max_norm_multiple=sweep.max_norm_multiple,
+    )
+    if state is not None:
+        buffer.load_state_dict(state["buffer"])
+    norm_factors = buffer.norm_factors
+    runs = make_runs(plan.configs, plan.sae_folders, buffer.config)
+    tracker = Tracker()
+    if plan.args.use_wandb:
+        tracker = WandbRuns(
+            [config["wandb_name"] for config in plan.configs],
+            [run.saved_config()["trainer"] for run in runs],
+            project=sweep.wandb_project,
+            entity=sweep.wandb_entity,
+            group=plan.folder.name,
+            folder=plan.folder,
+            ids=state["wandb_ids"] if state is not None else (),
+        )
+    started = time.monotonic()
+
+    def timings() -> dict[str, float]:
+        spent = dict(buffer.seconds)
+        return {**spent, "SAE": time.monotonic() - started - sum(spent.values())}
+
+    def save(loop_state: dict[str, Any]) -> None:
+        whole = {**loop_state, "buffer": buffer.state_dict(), "wandb_ids": tracker.ids}
+        save_state(plan.folder / "resume", whole)
+
+    loop = Loop(
+        runs,
+        buffer,
+        norm_factors,
+        plan.schedule.steps,
+        save_steps=checkpoint_steps(plan) if plan.args.save_checkpoints else (),
+        log_steps=sweep.log_steps,
+        autocast_dtype=getattr(torch, plan.autocast),
+        backup_steps=sweep.backup_steps,
+        backup_minutes=sweep.backup_minutes,
+        save_state=save,
+        track=lambda i, record: tracker.log(i, record, record["step"]),
+        timings=timings,
+    )
+    if state is not None:
+        loop.load_state_dict(state)
+        print(f"resumed at step {loop.step:,} of {loop.steps:,}")
+    try:
+        loop.train()
+    finally:
+        text.close()
+    finish_training(plan, buffer, loop, time.monotonic() - started)
+    for sentence in tracker.finish():
+        print(sentence)
+
+
+def finish_training(plan: Plan, buffer: Any, loop: Any, seconds: float) -> None:
+    """Note in run.json that the SAEs are trained, and on what; the resume state has served."""
+    from dictionary_learning.checkpoint import read_json, write_json
+
+    record = plan.folder / "run.json"
+    write_json(
+        record,
+        read_json(record)
+        | {
+            "trained": True,
+            "tokens": loop.tokens,
+            "seconds": round(seconds, 1),
+            "seconds_saving_state": round(loop.seconds_in_state, 2),
+            "norm_factors": loop.norm_factors,
+            "positions": dict(buffer.counts),
+        },
+    )
+    shutil.rmtree(plan.folder / "resume", ignore_errors=True)
+    print(f"trained on {loop.tokens:,} tokens in {seconds:.0f} s ({loop.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+
+
+# -- evaluation
+
+
+def evaluate(plan: Plan, folders: list[Path]) -> list[Path]:
+    """Evaluate SAE folders on the same held-out text; returns those that could be."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dictionary_learning.checkpoint import load_dictionary, write_atomic, write_json
+    from dictionary_learning.evaluation import evaluate_saes
+    from dictionary_learning.model import load_model
+
+    saes, norm_bounds, broken = [], {}, []
+    for folder in folders:
+        try:
+            ae, config = load_dictionary(folder)
+        except (ValueError, OSError) as error:
+            broken.append(f"{folder}: {error}")
+            continue
+        layer = int(config["trainer"]["layer"])
+        saes.append((str(folder), ae, layer))
+        if config["buffer"].get("median_norm"):
+            norm_bounds[layer] = config["buffer"]["median_norm"] * config["buffer"]["max_norm_multiple"]
+    for sentence in broken:
+        print(f"not evaluated: {sentence}", file=sys.stderr)
+    if not saes:
+        raise ValueError(f"there is no SAE to evaluate in {', '.join(map(str, folders)) or plan.folder}.")
+    lm = load_model(
+        plan.model_name,
+        device=plan.device,
+        dtype=getattr(torch, plan.sweep.dtype),
+        attn_implementation=plan.sweep.attn_implementation,
+        revision=plan.args.revision,
+        trust_remote_code=plan.args.trust_remote_code,
+    )
+    text = open_text(plan, lm.tokenizer, evaluation=True)
+    batches, n_contexts = [], 0
+    for tokens_BL, mask_BL in text:
+        n = plan.sweep.eval_num_inputs - n_contexts
+        batches.append((tokens_BL[:n], mask_BL[:n]))
+        n_contexts += len(batches[-1][0])
+        if n_contexts >= plan.sweep.eval_num_inputs:
+            break
+    text.close()
+    if not batches:
+        raise ValueError(f"{plan.eval_dataset} has no text for evaluation: give another --eval_dataset.")
+    evaluations = evaluate_saes(
+        lm,
+        saes,
+        batches,
+        mask=plan.sweep.mask,
+        norm_bounds=norm_bounds,
+        hyperparameters={"dataset": plan.eval_dataset, "held_out": plan.held_out},
+        show_progress=True,
+    )
+    for name, evaluation in evaluations.items():
+        write_json(Path(name) / "eval_results.json", evaluation.results)
+        if evaluation.density_F is not None:
+            density = {"density": evaluation.density_F.float().contiguous()}
+            write_atomic(Path(name) / "density.safetensors", lambda tmp, density=density: save_file(density, tmp))
+    print_table(evaluations)
+    return [Path(name) for name in evaluations]
+
+
+def print_table(evaluations: "dict[str, Evaluation]") -> None:
+    from dictionary_learning.checkpoint import read_json
+
+    trainer_names = {row.trainer: name for name, row in ARCHITECTURES.items()}
+    rows = [("layer", "architecture", "width", "setting", "L0", "loss recovered", "variance explained", "alive")]
+    for name, evaluation in evaluations.items():
+        trainer, results = read_json(Path(name) / "config.json")["trainer"], evaluation.results
+        architecture = trainer_names.get(trainer["trainer_class"], trainer["trainer_class"])
+        varies = ARCHITECTURES[architecture].varies if architecture in ARCHITECTURES else ""
+        setting = f"{varies} {trainer.get(varies, '')}"
+        numbers = ("l0", "frac_recovered", "frac_variance_explained", "frac_alive")
+        cells = [f"{results[key]:.4g}" if results[key] is not None else "-" for key in numbers]
+        rows.append((str(trainer["layer"]), architecture, str(trainer["dict_size"]), setting, *cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for name, evaluation in evaluations.items():
+        for kind in ("error", "warning"):
+            if kind in evaluation.results:
+                print(f"{kind}: {name}: {evaluation.results[kind]}", file=sys.stderr)
+
+
+# -- commands
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.upload_only is not None:
+        return upload(args, Path(args.upload_only))
+    plan = make_plan(args)
+    if args.eval_only is not None:
+        return evaluate_only(plan)
+    print_plan(plan)
+    check_disk(plan)
+    if args.dry_run:
+        return 0
+    if args.hf_repo_id:
+        from dictionary_learning.hub import check_repo
+
+        check_repo(args.hf_repo_id, private=args.private)
+    from dictionary_learning.training import Interrupted
+
+    state = prepare_folder(plan)
+    if not is_trained(plan.folder):
+        try:
+            train(plan, state)
+        except Interrupted as stop:
+            again = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")])
+            print(f"{stop}. Continue with: python {again} --resume", file=sys.stderr)
+            return INTERRUPTED
+    if not args.no_eval:
+        evaluate(plan, plan.sae_folders)
+        plot(plan.folder)
+    if args.report:
+        from dictionary_learning.report import write_reports
+
+        write_reports(plan.folder)
+    if args.hf_repo_id:
+        return upload(args, plan.folder)
+    return 0
+
+
+def is_trained(folder: Path) -> bool:
+    from dictionary_learning.checkpoint import read_json
+
+    return bool(read_json(folder / "run.json").get("trained"))
+
+
+def evaluate_only(plan: Plan) -> int:
+    from dictionary_learning.checkpoint import find_saes
+
+    for folder in map(Path, plan.args.eval_only or [plan.folder]):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder.")
+        evaluate(plan, find_saes(folder))
+        plot(folder)
+    return 0
+
+
+def plot(folder: Path) -> None:
+    from dictionary_learning.plotting import plot_pareto
+
+    plot_pareto([folder], folder / "pareto.png")
+    print(f"plot: {folder / 'pareto.png'}")
+
+
+def upload(args: argparse.Namespace, folder: Path) -> int:
+    from dictionary_learning.hub import upload_run
+
+    if args.hf_repo_id is None:
+        raise ValueError("--upload_only needs --hf_repo_id USER/REPO.")
+    upload_run(folder, args.hf_repo_id, private=args.private)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""How good an SAE is on held-out text: by its reconstructions, and by what the model loses when it reads through them.
+
+Every metric is a ratio of float64 sums over all tokens, never a mean of ratios of batches, so none depends on the batch
+size. Standard errors take contexts as independent, the tokens of one context not.
+
+B contexts in the batch, L positions, V vocabulary, N unmasked tokens, D activation_dim, F dict_size,
+S samples (contexts), M summed quantities.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+
+from dictionary_learning.buffer import position_mask
+from dictionary_learning.dictionary import Dictionary, TopKDictionary
+from dictionary_learning.model import LanguageModel
+
+# Tokens an SAE sees at a time: unmasked neighbours of one context, however contexts are batched. It bounds the N x F
+# tensors, and it is the "batch" of a per-batch top-k, which would otherwise depend on the evaluation's batch size.
+GROUP_TOKENS = 2048
+
+LOGITS_AT_A_TIME = 2**25  # in float32: 128 MiB a tensor
+
+# the keys of the reference's eval_results.json, and what exact top-k reports beside its SAE's default
+REFERENCE_METRICS = (
+    "l2_loss l1_loss l0 frac_variance_explained cossim l2_ratio relative_reconstruction_bias "
+    "loss_original loss_reconstructed loss_zero frac_recovered frac_alive"
+).split()
+TOPK_METRICS = "l0 l2_loss frac_variance_explained loss_reconstructed frac_recovered kl_divergence frac_alive".split()
+
+Results = dict[str, Any]
+Text = tuple[Tensor, Tensor]  # tokens_BL, mask_BL
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate_saes` says about one SAE."""
+
+    results: Results  # eval_results.json: numbers, None where there is no number; "error" or "warning" where need be
+    density_F: Tensor | None  # share of the tokens on which each latent fires; None for an SAE that failed
+
+
+class Ratios:
+    """Sums of several quantities over samples: their ratios, and the standard errors of these.
+
+    A sample is a set of tokens taken as independent of all others: a context, or a token where there are no contexts.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.n_samples = 0
+        self._sum_M = self._products_MM = torch.zeros((), dtype=torch.float64)
+
+    def add(self, **quantities_S: Tensor) -> None:
+        """S more samples: the sum of each quantity within each of them."""
+        self.names = list(quantities_S)
+        rows_SM = torch.stack(list(quantities_S.values()), dim=1).cpu().double()
+        self.n_samples += len(rows_SM)
+        self._sum_M = self._sum_M + rows_SM.sum(0)
+        self._products_MM = self._products_MM + rows_SM.T @ rows_SM
+
+    def sum(self, name: str) -> float:
+        return float(self._sum_M[self.names.index(name)]) if self.n_samples else 0.0
+
+    def ratio(self, top: str, bottom: str) -> float | None:
+        """Sum of `top` over sum of `bottom`, None where the latter is 0."""
+        return self.sum(top) / self.sum(bottom) if self.sum(bottom) else None
+
+    def stderr(self, top: str, bottom: str) -> float | None:
+        """Standard error of that ratio r by linearisation, None for fewer than two samples.
+
+        sqrt(S / (S - 1) * sum_s (top_s - r bottom_s)^2) / |sum_s bottom_s|, Cochran, Sampling Techniques, chapter 6
+        """
+        r = self.ratio(top, bottom)
+        if r is None or self.n_samples < 2:
+            return None
+        weights_M = torch.zeros(len(self.names), dtype=torch.float64)
+        weights_M[self.names.index(top)] += 1
+        weights_M[self.names.index(bottom)] -= r
+        squares = max(float(weights_M @ self._products_MM @ weights_M), 0.0)
+        return math.sqrt(squares * self.n_samples / (self.n_samples - 1)) / abs(self.sum(bottom))
+
+
+class Metrics:
+    """Metrics of reconstructions, from sums over tokens."""
+
+    def __init__(self):
+        self.ratios = Ratios()
+        self.n_tokens = 0
+        self._centre_D = self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
+
+    def update(self, x_ND: Tensor, x_hat_ND: Tensor, f_NF: Tensor, one_sample: bool = False) -> None:
+        """Add N tokens; `one_sample` says that they are neighbours, which standard errors count as one sample."""
+        wide = torch.float32 if x_ND.device.type == "mps" else torch.float64  # mps has no float64
+        x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
+        if self.n_tokens == 0:
+            self._centre_D = x_ND.mean(0)  # of the first tokens: near the mean, a variance keeps its digits
+        active_NF, error_ND, centred_ND = f_NF != 0, x_ND - x_hat_ND, x_ND - self._centre_D
+        norm_N, norm_hat_N, dot_N = x_ND.norm(dim=1), x_hat_ND.norm(dim=1), (x_ND * x_hat_ND).sum(1)
+        tiny = torch.finfo(wide).tiny
+        quantities_N = {
+            "tokens": torch.ones_like(norm_N),
+            "l0": active_NF.sum(1),
+            "l1_loss": f_NF.sum(1, dtype=wide),
+            "l2_loss": error_ND.norm(dim=1),
+            # zero vectors: a token with x = 0 is left out of these two, one with x_hat = 0 has cosine 0
+            "nonzero": norm_N > 0,
+            "cossim": dot_N / (norm_N * norm_hat_N).clamp(min=tiny),
+            "l2_ratio": torch.where(norm_N > 0, norm_hat_N / norm_N.clamp(min=tiny), 0),
+            "x_hat_sq": norm_hat_N**2,
+            "dot": dot_N,
+            "error_sq": (error_ND**2).sum(1),
+            "centred_sq": (centred_ND**2).sum(1),
+        }
+        if one_sample:
+            quantities_N = {name: quantity_N.sum(0, keepdim=True) for name, quantity_N in quantities_N.items()}
+        self.ratios.add(**quantities_N)
+        self.n_tokens += len(x_ND)
+        self._x_sum_D = self._x_sum_D + centred_ND.sum(0).cpu()
+        self._error_sum_D = self._error_sum_D + error_ND.sum(0).cpu()
+        self._fired_F = self._fired_F + active_NF.sum(0).cpu()
+
+    def density_F(self) -> Tensor | None:
+        """Share of the tokens on which each latent fires, None before the first."""
+        return (self._fired_F / self.n_tokens).float() if self.n_tokens else None
+
+    def compute(self) -> Results:
+        """The metrics of all tokens so far; every value None before the first.
+
+        frac_variance_explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2, which a constant offset lowers; the
+        `_centered` one has the residual's variance above, as the reference does, and does not see an offset.
+        relative_reconstruction_bias = sum ||x_hat||^2 / sum <x, x_hat>.
+        """
+        n, error_sq, density_F = max(self.n_tokens, 1), self.ratios.sum("error_sq"), self.density_F()
+        variance = self.ratios.sum("centred_sq") - float((self._x_sum_D**2).sum()) / n
+        error_variance = error_sq - float((self._error_sum_D**2).sum()) / n
+
+        def share(above: float) -> float | None:
+            return None if density_F is None else float((density_F > above).double().mean())
+
+        means = {name: (name, "tokens") for name in ("l0", "l1_loss", "l2_loss")}
+        means |= {name: (name, "nonzero") for name in ("cossim", "l2_ratio")}
+        return {name: self.ratios.ratio(*mean) for name, mean in means.items()} | {
+            "relative_reconstruction_bias": self.ratios.ratio("x_hat_sq", "dot"),
+            "frac_variance_explained": 1 - error_sq / variance if variance > 0 else None,
+            "frac_variance_explained_centered": 1 - error_variance / variance if variance > 0 else None,
+            "frac_alive": share(0),
+            "freq_over_1_percent": share(0.01),
+            "freq_over_10_percent": share(0.1),
+            "n_tokens": self.n_tokens,
+            **{f"{name}_stderr": self.ratios.stderr(*mean) for name, mean in means.items()},
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    dictionary: Dictionary,
+    activations: Iterable[Tensor | dict[int, Tensor]],
+    max_len: int = 128,
+    batch_size: int = 128,
+    io: str = "out",
+    device: str | torch.device = "cpu",
+    n_batches: int = 1,
+) -> Results:
+    """The metrics of `Metrics.compute` on `n_batches` batches of activations (N, D), or {layer: (N, D)} of one layer.
+
+    The arguments are the reference's. `max_len`, `batch_size` and `io` belong to its loss recovered and change nothing
+    here: that needs the whole model and its text, see `evaluate_saes`. Standard errors take tokens as independent.
+    Raises ValueError when the activations end before `n_batches`.
+    """
+    metrics, iterator = Metrics(), iter(activations)
+    for i in range(n_batches):
+        x_ND = next(iterator, None)
+        if x_ND is None:
+            raise ValueError(f"evaluation needs {n_batches} batches of activations, but there are only {i}.")
+        if isinstance(x_ND, dict):
+            (x_ND,) = x_ND.values()
+        x_ND = x_ND.to(device, torch.float32)
+        metrics.update(x_ND, *dictionary(x_ND, output_features=True))
+    return metrics.compute()
+
+
+def token_losses(logits_BLV: Tensor, original_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the next token, and KL(original || logits), in nats: two (B, L) float64 tensors on the CPU.
+
+    Taken in float32, a few positions at a time: a float32 copy of all logits can be larger than the model. The last
+    position has no next token; its cross entropy means nothing.
+    """
+    positions = max(1, LOGITS_AT_A_TIME // logits_BLV.shape[-1])
+    next_BL = tokens_BL.roll(-1, dims=1).to(logits_BLV.device)
+    pieces = (tensor.flatten(0, 1).split(positions) for tensor in (logits_BLV, original_BLV, next_BL))
+    losses = []
+    for logits_NV, original_NV, next_N in zip(*pieces, strict=True):
+        log_p_NV, log_q_NV = logits_NV.float().log_softmax(-1), original_NV.float().log_softmax(-1)
+        cross_entropy_N = -log_p_NV.gather(1, next_N[:, None]).squeeze(1)
+        kl_N = kl_div(log_p_NV, log_q_NV, reduction="none", log_target=True).sum(1)
+        losses.append(torch.stack([cross_entropy_N, kl_N]).cpu().double())
+    cross_entropy_BL, kl_BL = torch.cat(losses, dim=1).view(2, *tokens_BL.shape)
+    return cross_entropy_BL, kl_BL
+
+
+class Site:
+    """One layer of the model on one batch of text, and the losses that its SAEs are compared with.
+
+    A position is reconstructed where it is unmasked (`keep_BL`), and its prediction scored where a real token follows.
+    Masked positions keep the model's own activation.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        text: Text,
+        x_BLD: Tensor,
+        logits_BLV: Tensor,
+        keep_BL: Tensor,
+        mean_D: Tensor,
+    ):
+        self.lm, self.layer, self.text = lm, layer, text
+        self.x_BLD, self.logits_BLV, self.keep_BL = x_BLD, logits_BLV, keep_BL
+        followed_BL = text[1].bool().cpu().roll(-1, dims=1)
+        followed_BL[:, -1] = False
+        self.scored_BL = keep_BL.cpu() & followed_BL
+        self.n_scored_S = self._by_context(torch.ones(followed_BL.shape, dtype=torch.float64))
+        self.original_S = self._by_context(token_losses(logits_BLV, logits_BLV, text[0])[0])
+        if not self.original_S.isfinite().all():
+            raise ValueError(f"the loss of {lm.name} in {lm.dtype} is not finite on this text: try another dtype.")
+        self.zero_S, self.zero_kl_S = self.losses(torch.zeros_like(mean_D))
+        self.mean_S, _ = self.losses(mean_D)
+
+    def _by_context(self, loss_BL: Tensor) -> Tensor:
+        """(S,): the sum in each context that has a scored position."""
+        return torch.where(self.scored_BL, loss_BL, 0).sum(1)[self.scored_BL.any(1)]
+
+    def losses(self, x_hat_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy and KL, (S,) sums by context, with x_hat_ND (or one D for all) at the unmasked positions."""
+        x_BLD = self.x_BLD.clone()
+        x_BLD[self.keep_BL] = x_hat_ND.to(x_BLD.dtype)
+        logits_BLV = self.lm.run_from(self.layer, x_BLD, *self.text)
+        cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.logits_BLV, self.text[0])
+        return self._by_context(cross_entropy_BL), self._by_context(kl_BL)
+
+
+class Scores:
+    """The sums of one SAE, run in one way: x_ND -> (x_hat_ND, f_NF)."""
+
+    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self.run = run
+        self.metrics, self.losses = Metrics(), Ratios()
+
+    def update(self, site: Site) -> None:
+        """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
+        x_hats = []
+        for x_LD, keep_L in zip(site.x_BLD, site.keep_BL, strict=True):
+            for x_ND in x_LD[keep_L].float().split(GROUP_TOKENS):
+                if len(x_ND):
+                    x_hat_ND, f_NF = self.run(x_ND)
+                    self.metrics.update(x_ND, x_hat_ND, f_NF, one_sample=True)
+                    x_hats.append(x_hat_ND)
+        x_hat_ND = torch.cat(x_hats)
+        if not x_hat_ND.isfinite().all():
+            raise ValueError("its reconstruction has values that are not finite.")
+        reconstructed_S, kl_S = site.losses(x_hat_ND)
+        if not reconstructed_S.isfinite().all():
+            raise ValueError("the model's loss is not finite with its reconstruction.")
+        self.losses.add(
+            tokens=site.n_scored_S,
+            loss_original=site.original_S,
+            loss_reconstructed=reconstructed_S,
+            loss_zero=site.zero_S,
+            loss_mean_ablated=site.mean_S,
+            kl_divergence=kl_S,
+            kl_zero=site.zero_kl_S,
+            kl_recovered=site.zero_kl_S - kl_S,
+            # an identity SAE's two sums are equal to the last bit, so it recovers exactly 1
+            recovered=site.zero_S - reconstructed_S,
+            recoverable=site.zero_S - site.original_S,
+            mean_recovered=site.mean_S - reconstructed_S,
+            mean_recoverable=site.mean_S - site.original_S,
+        )
+
+    def compute(self) -> Results:
+        """`Metrics.compute`, and the losses in nats a token.
+
+        frac_recovered = (L_zero - L_reconstructed) / (L_zero - L_original), of summed losses. The same with the mean
+        activation in place of zero is frac_recovered_mean_ablation, and with the KL in place of the loss kl_score.
+        """
+        names = ("loss_original", "loss_reconstructed", "loss_zero", "loss_mean_ablated", "kl_divergence")
+        ratios = {name: (name, "tokens") for name in names} | {
+            "frac_recovered": ("recovered", "recoverable"),
+            "frac_recovered_mean_ablation": ("mean_recovered", "mean_recoverable"),
+            "kl_score": ("kl_recovered", "kl_zero"),
+        }
+        results = self.metrics.compute() | {"n_loss_tokens": round(self.losses.sum("tokens"))}
+        results |= {name: self.losses.ratio(*ratio) for name, ratio in ratios.items()}
+        return results | {f"{name}_stderr": self.losses.stderr(*ratio) for name, ratio in ratios.items()}
+
+
+class Subject:
+    """An SAE under evaluation: scored as it runs by default and, in the top-k family, by exact top-k; or its error."""
+
+    def __init__(self, sae: Dictionary, layer: int, lm: LanguageModel):
+        self.sae, self.layer = sae.to(lm.device, torch.float32), layer
+        self.error: str | None = None
+        self.ways = self._ways()
+        if not 0 <= layer < lm.n_layers:
+            self.error = f"there is no layer {layer}: model {lm.name} has layers 0 to {lm.n_layers - 1}."
+        elif sae.activation_dim != lm.activation_dim:
+            self.error = f"it takes {sae.activation_dim} dimensions, but the model has {lm.activation_dim}."
+
+    def _ways(self) -> list[Scores]:
+        sae, ways = self.sae, [Scores(lambda x_ND: self.sae(x_ND, output_features=True))]
+        if isinstance(sae, TopKDictionary):
+
+            def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+                f_NF = sae.encode(x_ND, use_threshold=False)
+                return sae.decode(f_NF), f_NF
+
+            ways.append(Scores(exact_top_k))
+        return ways
+
+    def update(self, site: Site) -> None:
+        """Add a batch of this SAE's layer, unless it has failed; a failure is kept, and stops no other SAE."""
+        if self.error is None:
+            try:
+                for way in self.ways:
+                    way.update(site)
+            except (ValueError, RuntimeError) as error:
+                self.error = str(error)
+                self.ways = self._ways()  # the sums of half a text are no result
+
+    def evaluation(self, hyperparameters: Results) -> Evaluation:
+        """The results, the reference's keys first."""
+        default, *rest = (way.compute() for way in self.ways)
+        results = {name: default[name] for name in REFERENCE_METRICS} | {"hyperparameters": hyperparameters} | default
+        if isinstance(self.sae, TopKDictionary):
+            results |= {"k": int(self.sae.k)} | {f"topk_{name}": rest[0][name] for name in TOPK_METRICS}
+        if self.error is not None:
+            results["error"] = self.error
+        elif results["frac_alive"] == 0:
+            results["warning"] = "no latent fires on this text."
+        elif isinstance(self.sae, TopKDictionary) and self.sae.threshold < 0:
+            results["warning"] = "its threshold was never recorded: these are the results of exact top-k."
+        return Evaluation(results, self.ways[0].metrics.density_F())
+
+
+class Survey(NamedTuple):
+    """A first pass over the text, by layer. Each layer has its own mask, lest it depend on the others evaluated."""
+
+    keep: dict[int, list[Tensor]]  # a keep_BL for every batch
+    positions: dict[int, Counter[str]]  # the counts of `position_mask`: tokens, and how many are masked for what
+    mean_D: dict[int, Tensor]  # of the unmasked activations
+
+
+def _survey(lm: LanguageModel, texts: list[Text], layers: list[int], mask: bool, bounds: dict[int, float]) -> Survey:
+    keep: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    positions: dict[int, Counter[str]] = {layer: Counter() for layer in layers}
+    sum_D = {layer: torch.zeros(lm.activation_dim, dtype=torch.float64) for layer in layers}
+    bos_id = -1 if lm.bos_id is None else lm.bos_id  # no token has the id -1
+    for text in texts:
+        for layer, x_BLD in lm.activations(*text, layers).items():
+            bound = {layer: bounds[layer]} if mask and layer in bounds else None
+            keep_BL, counts = position_mask(*text, {layer: x_BLD}, bos_id, bound, mask)
+            keep[layer].append(keep_BL)
+            positions[layer].update(counts)
+            sum_D[layer] += x_BLD[keep_BL].cpu().double().sum(0)
+    n_kept = {layer: sum(int(keep_BL.sum()) for keep_BL in keep[layer]) for layer in layers}
+    if not all(n_kept.values()):
+        raise ValueError("the evaluation text is too little: it has nothing but bos, padding and outliers.")
+    return Survey(keep, positions, {layer: (sum_D[layer] / n_kept[layer]).float().to(lm.device) for layer in layers})
+
+
+@torch.no_grad()
+def evaluate_saes(
+    lm: LanguageModel,
+    saes: Sequence[tuple[str, Dictionary, int]],
+    batches: Iterable[Text],
+    *,
+    mask: bool = True,
+    norm_bounds: dict[int, float] | None = None,
+    hyperparameters: Results | None = None,
+    show_progress: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluate SAEs of any layers of one model on the same text.
+
+    The whole model runs once a batch for all SAEs, and its upper layers twice for each layer (zero and mean ablation).
+    Then only the layers above the splice run, once for each SAE and once more for the exact top-k of the top-k family
+    (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context).
+    The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
+
+    saes: (name, SAE of raw activations, layer); what is returned has these names.
+    batches: (tokens_BL, mask_BL); all of them are used, and held in memory.
+    mask: leave bos and positions of outlying norm as they are, unscored, as padding always is.
+    norm_bounds: by layer, the norm above which a position is an outlier; no entry, no such rule.
+    hyperparameters: recorded beside ours (the dataset, ...).
+
+    An SAE that fails does not stop the others: its metrics are None, and "error" says why. Raises ValueError where the
+    text leaves nothing to evaluate on, or the model itself has no finite loss on it.
+    """
+    texts, bounds = list(batches), norm_bounds or {}
+    subjects = {name: Subject(sae, layer, lm) for name, sae, layer in saes}
+    assert len(subjects) == len(saes), "two SAEs have the same name"
+    layers = sorted({subject.layer for subject in subjects.values() if subject.error is None})
+    survey = _survey(lm, texts, layers, mask, bounds)
+
+    n_tokens = sum(int(mask_BL.sum()) for _, mask_BL in texts)
+    bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
+    for i, text in enumerate(texts):
+        logits_BLV, x_by_layer = lm.run(*text, layers)
+        for layer, x_BLD in x_by_layer.items():
+            keep_BL = survey.keep[layer][i]
+            if keep_BL.any():
+                site = Site(lm, layer, text, x_BLD, logits_BLV, keep_BL, survey.mean_D[layer])
+                for subject in subjects.values():
+                    if subject.layer == layer:
+                        subject.update(site)
+        bar.update(int(text[1].sum()))
+    bar.close()
+
+    settings = {
+        "n_inputs": sum(len(tokens_BL) for tokens_BL, _ in texts),
+        "context_length": max((tokens_BL.shape[1] for tokens_BL, _ in texts), default=0),
+        "n_tokens": n_tokens,
+        "topk_group_tokens": GROUP_TOKENS,
+        "drop_bos": mask,
+        **(hyperparameters or {}),
+    }
+    evaluations = {}
+    for name, subject in subjects.items():
+        bound, positions = bounds.get(subject.layer) if mask else None, survey.positions.get(subject.layer, {})
+        evaluations[name] = subject.evaluation(settings | {"norm_bound": bound, "positions": dict(positions)})
+    return evaluations

@@ -1,0 +1,342 @@
+"""The training loop: one stream of activations, any number of SAEs.
+
+B tokens in the batch, D activation_dim.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import append_jsonl, rewind_jsonl, save_sae, save_weights, write_json
+from .trainers import LossOutput, SAETrainer
+from .trainers.trainer import SparseTrainer
+
+
+class TextEndedError(ValueError):
+    """The activations ran out before the asked number of steps."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass
+class SAERun:
+    """One SAE of a run: its trainer, where it is written, and why it stopped if it did."""
+
+    trainer: SAETrainer
+    folder: Path | None
+    config: dict[str, Any]  # of config.json: {"trainer": ..., "buffer": ...}
+    failure: str | None = None
+
+    @property
+    def layer(self) -> int:
+        return self.trainer.cfg.layer
+
+    @property
+    def metrics_file(self) -> Path | None:
+        return None if self.folder is None else self.folder / "metrics.jsonl"
+
+    def saved_config(self) -> dict[str, Any]:
+        trainer = self.trainer.config | self.config["trainer"]
+        if self.failure is not None:
+            trainer["failure"] = self.failure
+        return {**self.config, "trainer": trainer}
+
+
+def make_runs(
+    trainer_configs: Sequence[dict[str, Any]], folders: Sequence[Path | None], buffer_config: Callable[[int], dict]
+) -> list[SAERun]:
+    """Build the trainers of a grid; the configs are left as they are.
+
+    trainer_configs: keywords of the trainers, and `trainer`, the class.
+    folders: where each SAE is written, None for nowhere.
+    """
+    runs = []
+    for config, folder in zip(trainer_configs, folders, strict=True):
+        trainer_class = config["trainer"]
+        trainer = trainer_class(**{name: value for name, value in config.items() if name != "trainer"})
+        run = SAERun(trainer, folder, {"trainer": {}, "buffer": buffer_config(trainer.cfg.layer)})
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", run.saved_config())
+        runs.append(run)
+    return runs
+
+
+@torch.no_grad()
+def estimate_norm_factor(batches: Iterable[Tensor]) -> float:
+    """sqrt(mean ||x||^2) over the rows of all batches, in float32 with float64 sums."""
+    total, count = 0.0, 0
+    for x_BD in batches:
+        total += float(x_BD.float().square().sum(dim=-1).double().sum())
+        count += len(x_BD)
+    return math.sqrt(total / count)
+
+
+def metrics(step: int, tokens: int, run: SAERun, x_BD: Tensor, out: LossOutput) -> dict[str, Any]:
+    """What is logged of one step of one SAE: of the batch that was trained on, before the weights moved."""
+    residual_BD = (x_BD - out.x_hat_BD).float()
+    explained = 1 - residual_BD.var(dim=0).sum() / x_BD.float().var(dim=0).sum()
+    values: dict[str, Any] = {
+        "l0": out.l0(),
+        "frac_variance_explained": explained,
+        "dead_features": run.trainer.dead_features(),
+        **out.terms,
+        "lr": run.trainer.lr(step),
+    }
+    if isinstance(run.trainer, SparseTrainer):
+        values["sparse"] = out.f.code is not None
+    threshold = getattr(run.trainer.ae, "threshold", None)
+    if threshold is not None:
+        values["threshold"] = threshold.detach().mean()
+    numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {"step": step, "tokens": tokens, **numbers}
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[str]]:
+    """Within this, SIGTERM and the first Ctrl-C only add their names to the list; a second Ctrl-C acts at once."""
+    noted: list[str] = []
+
+    def note(number: int, _frame: Any) -> None:
+        noted.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def trainSAE(
+    data: Iterator[Tensor] | Iterator[dict[int, Tensor]],
+    trainer_configs: Sequence[dict[str, Any]],
+    steps: int,
+    *,
+    save_dir: str | Path | None = None,
+    save_steps: Sequence[int] = (),
+    log_steps: int = 100,
+    normalize_activations: bool = True,
+    norm_batches: int = 100,
+    autocast_dtype: torch.dtype = torch.float32,
+    verbose: bool = True,
+) -> list[SAETrainer]:
+    """Train SAEs on batches of activations x_BD, each step's batch for all of them; the trained SAEs are `.ae`.
+
+    data: an iterator of (B, D) tensors.
+    trainer_configs: the keywords of each trainer, and `trainer`, its class.
+    save_dir: every SAE is written to `save_dir/trainer_{i}`.
+    normalize_activations: divide by sqrt(mean ||x||^2), measured on the first `norm_batches` batches, which are then
+        trained on; the SAEs returned and written take raw activations.
+    Raises TextEndedError, a ValueError, when the data end before `steps`.
+    """
+    folders = [None if save_dir is None else Path(save_dir) / f"trainer_{i}" for i in range(len(trainer_configs))]
+    runs = make_runs(trainer_configs, folders, lambda layer: getattr(data, "config", dict)() or {})
+    first: list[Any] = []
+    norm_factor = 1.0
+    if normalize_activations:
+        for _, x_BD in zip(range(min(norm_batches, steps)), data, strict=False):
+            first.append(x_BD)
+        norm_factor = estimate_norm_factor(first)
+    layers = {run.layer for run in runs}
+
+    def batches() -> Iterator[dict[int, Tensor]]:
+        for x in first:
+            yield dict.fromkeys(layers, x)
+        for x in data:
+            yield dict.fromkeys(layers, x)  # pyright: ignore
+
+    Loop(
+        runs,
+        batches(),
+        dict.fromkeys(layers, norm_factor),
+        steps,
+        save_steps=save_steps,
+        log_steps=log_steps,
+        autocast_dtype=autocast_dtype,
+        show_progress=verbose,
+    ).train()
+    return [run.trainer for run in runs]
+
+
+@dataclass
+class Loop:
+    """The loop over steps.  All SAEs of all layers train on the same positions; a failing SAE stops alone.
+
+    batches: {layer: x_BD} of raw activations, one a step.
+    norm_factors: by layer, what activations are divided by in training and SAEs are scaled by when written.
+    save_steps: steps before which a checkpoint is written.
+    save_state: called with the state of the run, every `backup_steps` steps or `backup_minutes`, and before a stop.
+    track: called with (index of the SAE, its metrics) whenever these are logged.
+    timings: seconds by part of the pipeline so far, for the progress bar.
+    """
+
+    runs: list[SAERun]
+    batches: Iterator[dict[int, Tensor]]
+    norm_factors: dict[int, float]
+    steps: int
+    save_steps: Sequence[int] = ()
+    log_steps: int = 100
+    autocast_dtype: torch.dtype = torch.float32
+    backup_steps: int | None = None
+    backup_minutes: float = math.inf
+    save_state: Callable[[dict[str, Any]], None] | None = None
+    track: Callable[[int, dict[str, Any]], None] | None = None
+    timings: Callable[[], dict[str, float]] | None = None
+    show_progress: bool = True
+    step: int = 0
+    tokens: int = 0
+    seconds_in_state: float = 0.0
+
+    def __post_init__(self) -> None:
+        for run in self.runs:
+            run.config["trainer"]["norm_factor"] = self.norm_factors[run.layer]
+
+    def train(self) -> None:
+        """Run to the end and write every SAE.  Raises TextEndedError, Interrupted."""
+        last_backup = time.monotonic()
+        bar = tqdm(total=None, unit="tok", unit_scale=True, desc="training", disable=not self.show_progress)
+        bar.total, bar.n = self._total_tokens(), self.tokens
+        with signals_noted() as signals, bar:
+            while self.step < self.steps:
+                if signals:
+                    self._backup()
+                    raise Interrupted(f"{signals[0]}: stopped after step {self.step} of {self.steps}")
+                due = self.backup_steps and self.step % self.backup_steps == 0 and self.step > 0
+                if due or time.monotonic() - last_backup > 60 * self.backup_minutes:
+                    self._backup()
+                    last_backup = time.monotonic()
+                if self.step in self.save_steps:
+                    self._write_checkpoints()
+                x_by_layer = self._next_batch()
+                self._update_all(x_by_layer)
+                n_tokens = len(next(iter(x_by_layer.values())))
+                self.step += 1
+                self.tokens += n_tokens
+                bar.total = self._total_tokens()
+                bar.update(n_tokens)
+                if self.timings is not None and self.step % self.log_steps == 0:
+                    bar.set_postfix(self._shares(), refresh=False)
+                if all(run.failure for run in self.runs):
+                    break
+        self.finish()
+
+    def _total_tokens(self) -> int:
+        per_step = self.tokens / self.step if self.step else 0
+        return int(self.steps * per_step) if per_step else 0
+
+    def _shares(self) -> dict[str, str]:
+        assert self.timings is not None
+        seconds = self.timings()
+        total = sum(seconds.values()) or 1.0
+        return {name: f"{100 * value / total:.0f}%" for name, value in seconds.items()}
+
+    def _next_batch(self) -> dict[int, Tensor]:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise TextEndedError(
+                f"the text ended after {self.tokens:,} of about {self._total_tokens():,} tokens (step {self.step} of "
+                f"{self.steps}): give more text, ask for fewer with --num_tokens, or read it again with --epochs."
+            ) from None
+
+    def _update_all(self, x_by_layer: dict[int, Tensor]) -> None:
+        normalised: dict[int, Tensor] = {}
+        log = self.step % self.log_steps == 0 or self.step == self.steps - 1
+        for i, run in enumerate(self.runs):
+            if run.failure is not None:
+                continue
+            layer = run.layer
+            device = run.trainer.device
+            if layer not in normalised:
+                # cast before the division, as the reference does: under bf16 the order shows in the last bit
+                normalised[layer] = (
+                    x_by_layer[layer].to(device, self.autocast_dtype, copy=True) / self.norm_factors[layer]
+                )
+            x_BD = normalised[layer]
+            half = self.autocast_dtype != torch.float32
+            with torch.autocast(device.type, self.autocast_dtype if half else None, enabled=half):
+                out = run.trainer.update(self.step, x_BD)
+            if log:
+                if bool(run.trainer.stopped):
+                    self._fail(run, x_by_layer[layer])
+                else:
+                    self._log(i, run, metrics(self.step, self.tokens + len(x_BD), run, x_BD, out))
+
+    def _fail(self, run: SAERun, x_BD: Tensor) -> None:
+        norms = x_BD.float().norm(dim=-1)
+        run.failure = (
+            f"its loss or gradient was not finite in or before step {self.step} (activation norms then: "
+            f"median {float(norms.median()):.3g}, largest {float(norms.max()):.3g}); "
+            "training stopped with the last finite weights"
+        )
+        tqdm.write(f"{run.folder or type(run.trainer).__name__}: {run.failure}")
+
+    def _log(self, i: int, run: SAERun, record: dict[str, Any]) -> None:
+        if run.metrics_file is not None:
+            append_jsonl(run.metrics_file, record)
+        if self.track is not None:
+            self.track(i, record)
+
+    def _write_checkpoints(self) -> None:
+        for run in self.runs:
+            if run.folder is not None and run.failure is None:
+                with scaled(run, self.norm_factors):
+                    save_weights(run.folder / "checkpoints" / f"ae_{self.step}.pt", run.trainer.ae)
+
+    def finish(self) -> None:
+        """Scale every SAE to raw activations and write it."""
+        for run in self.runs:
+            run.trainer.ae.scale_biases(self.norm_factors[run.layer])
+            if run.folder is not None:
+                save_sae(run.folder, run.trainer.ae, run.saved_config())
+
+    # -- state
+
+    def _backup(self) -> None:
+        if self.save_state is not None:
+            started = time.monotonic()
+            self.save_state(self.state_dict())
+            self.seconds_in_state += time.monotonic() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later process needs to go on: with the state of `batches`, to the same bits."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "norm_factors": self.norm_factors,
+            "trainers": [run.trainer.state_dict() for run in self.runs],
+            "failures": [run.failure for run in self.runs],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.tokens = state["step"], state["tokens"]
+        for run, trainer, failure in zip(self.runs, state["trainers"], state["failures"], strict=True):
+            run.trainer.load_state_dict(trainer)
+            run.failure = failure
+            if run.metrics_file is not None:
+                rewind_jsonl(run.metrics_file, self.step)  # lines of steps that will be done again
+
+
+@contextmanager
+def scaled(run: SAERun, norm_factors: dict[int, float]) -> Iterator[None]:
+    """Within this, the SAE takes raw activations; after it, the very same tensors as before."""
+    before = {name: tensor.clone() for name, tensor in run.trainer.ae.state_dict().items()}
+    run.trainer.ae.scale_biases(norm_factors[run.layer])
+    try:
+        yield
+    finally:
+        run.trainer.ae.load_state_dict(before)

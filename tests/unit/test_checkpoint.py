@@ -1,0 +1,544 @@
+"""Formats round-trip to the bit; damage is told in one sentence; a write that fails leaves what was there.
+
+B tokens, D activation_dim, F dict_size.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from dictionary_learning import checkpoint
+from dictionary_learning.checkpoint import (
+    append_jsonl,
+    find_saes,
+    from_saelens,
+    load_dictionary,
+    load_state,
+    read_json,
+    read_jsonl,
+    rewind_jsonl,
+    save_sae,
+    save_state,
+    save_weights,
+    to_saelens,
+    write_atomic,
+    write_json,
+)
+from dictionary_learning.dictionary import DICTIONARIES, Dictionary, TopKDictionary
+
+D, F, K = 6, 16, 3
+
+
+def make_sae(name: str) -> Dictionary:
+    """A random SAE of a class, biases and thresholds included, decoder rows of unit norm."""
+    settings = {"k": K} if issubclass(DICTIONARIES[name], TopKDictionary) else {}
+    if name == "MatryoshkaBatchTopKSAE":
+        settings["group_sizes"] = [4, 12]
+    generator = torch.Generator().manual_seed(0)
+    ae = DICTIONARIES[name](D, F, generator=generator, **settings)
+    with torch.no_grad():
+        for parameter in ae.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.1 * torch.rand(parameter.shape, generator=generator))
+        if isinstance(ae, TopKDictionary):
+            ae.threshold.fill_(0.25)
+        ae.decoder_FD.div_(ae.decoder_FD.norm(dim=1, keepdim=True))
+    return ae
+
+
+def config_of(ae: Dictionary) -> dict:
+    trainer = {
+        "trainer_class": "SomeTrainer",
+        "dict_class": type(ae).__name__,
+        "activation_dim": D,
+        "dict_size": F,
+        "layer": 3,
+        "lm_name": "user/lm",
+    }
+    if isinstance(ae, TopKDictionary):
+        trainer["k"] = K
+    return {"trainer": trainer, "buffer": {"ctx_len": 128}}
+
+
+@pytest.fixture
+def x_BD():
+    return torch.randn(32, D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=DICTIONARIES)
+def ae(request):
+    return make_sae(request.param)
+
+
+@pytest.fixture
+def folder(ae, tmp_path):
+    save_sae(tmp_path / "sae", ae, config_of(ae))
+    return tmp_path / "sae"
+
+
+# -- SAE folders
+
+
+def test_an_sae_comes_back_to_the_bit(ae, folder):
+    loaded, config = load_dictionary(folder)
+    assert type(loaded) is type(ae)
+    assert config == config_of(ae)
+    assert loaded.state_dict().keys() == ae.state_dict().keys()
+    for name, tensor in ae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == tensor.dtype
+
+
+def test_the_folder_holds_four_files_and_no_leftovers(folder):
+    assert {path.name for path in folder.iterdir()} == {*checkpoint.OURS, *checkpoint.SAELENS}
+    assert find_saes(folder) == [folder]
+
+
+def test_the_saelens_half_computes_the_same(ae, folder, x_BD):
+    (folder / "ae.pt").unlink()
+    loaded, config = load_dictionary(folder)
+    encode = {"use_threshold": False} if type(ae).__name__ == "AutoEncoderTopK" else {}
+    torch.testing.assert_close(loaded.encode(x_BD), ae.encode(x_BD, **encode))
+    torch.testing.assert_close(loaded.decode(loaded.encode(x_BD)), ae.decode(ae.encode(x_BD, **encode)))
+    assert config["trainer"]["layer"] == 3 and config["trainer"]["lm_name"] == "user/lm"
+    assert config["buffer"]["ctx_len"] == 128
+    assert (config["trainer"]["activation_dim"], config["trainer"]["dict_size"]) == (D, F)
+
+
+def test_saelens_files_become_the_same_files_again(ae, tmp_path):
+    cfg, tensors = to_saelens(ae, config_of(ae))
+    again, config = from_saelens(tmp_path, cfg, tensors)
+    cfg_2, tensors_2 = to_saelens(again, config)
+    assert tensors_2.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensors_2[name], tensor)
+    assert {**cfg_2, "metadata": None} == {**cfg, "metadata": None}
+
+
+def test_relu_saes_come_with_a_unit_norm_decoder_and_the_same_function(tmp_path, x_BD):
+    ae = make_sae("AutoEncoder")
+    with torch.no_grad():
+        ae.decoder_FD.mul_(torch.linspace(0.1, 2.0, F)[:, None])
+    save_sae(tmp_path, ae, config_of(ae))
+    assert torch.equal(torch.load(tmp_path / "ae.pt")["decoder.weight"], ae.decoder_FD.T)  # stored as trained
+    for _ in ("dictionary_learning", "SAELens"):
+        loaded, _config = load_dictionary(tmp_path)
+        torch.testing.assert_close(loaded.decoder_FD.norm(dim=1), torch.ones(F))
+        torch.testing.assert_close(loaded(x_BD), ae(x_BD))
+        (tmp_path / "ae.pt").unlink(missing_ok=True)
+
+
+def test_an_unset_threshold_is_refused_and_nothing_is_written(tmp_path):
+    ae = make_sae("BatchTopKSAE")
+    ae.threshold.fill_(-1)
+    with pytest.raises(ValueError, match="threshold of this BatchTopKSAE is not set"):
+        save_sae(tmp_path / "sae", ae, config_of(ae))
+    assert not (tmp_path / "sae").exists()
+
+
+def test_saved_weights_are_plain_contiguous_cpu_tensors(ae, tmp_path):
+    save_weights(tmp_path / "checkpoints" / "ae_10.pt", ae)
+    state = torch.load(tmp_path / "checkpoints" / "ae_10.pt", weights_only=True)
+    assert type(state) is dict
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+
+
+def test_a_backup_of_the_reference_is_folded_and_named(ae, folder, x_BD):
+    n = 3.0
+    whole = make_sae(type(ae).__name__)
+    whole.scale_biases(n)
+    backup = {"step": 7, "ae": ae.state_dict(), "optimizer": {}, "config": {}, "norm_factor": n}
+    torch.save(backup, folder / "ae.pt")
+    with pytest.warns(UserWarning, match="backup of step 7"):
+        loaded, _ = load_dictionary(folder)
+    torch.testing.assert_close(loaded(x_BD), whole(x_BD))
+
+
+def test_half_precision_files_are_loaded_in_full(tmp_path):
+    ae = make_sae("GatedAutoEncoder")
+    save_sae(tmp_path, ae.bfloat16(), config_of(ae))
+    for name in checkpoint.OURS:  # first as ours, then as SAELens's
+        assert next(load_dictionary(tmp_path)[0].parameters()).dtype == torch.float32
+        (tmp_path / name).unlink()
+
+
+def test_saes_are_found_in_natural_order_and_checkpoints_are_not_saes(tmp_path):
+    ae = make_sae("AutoEncoder")
+    for place in ("layer_10/trainer_0", "layer_9/trainer_11", "layer_9/trainer_2", "layer_9/trainer_2/checkpoints"):
+        save_sae(tmp_path / place, ae, config_of(ae))
+    (tmp_path / "layer_9" / "trainer_3").mkdir()
+    write_json(tmp_path / "layer_9" / "trainer_3" / "config.json", {})  # still in training
+    found = [path.relative_to(tmp_path).as_posix() for path in find_saes(tmp_path)]
+    assert found == ["layer_9/trainer_2", "layer_9/trainer_11", "layer_10/trainer_0"]
+
+
+# -- SAELens variations
+
+
+@pytest.mark.parametrize(
+    ("hook", "layer"),
+    [
+        ("blocks.8.hook_resid_post", 8),
+        ("blocks.8.hook_resid_pre", 7),
+        ("gpt_neox.layers.3", 3),
+        ("blocks.8.hook_mlp_out", None),
+        ("blocks.8.attn.hook_z", None),
+        (None, None),
+    ],
+)
+def test_the_layer_of_a_saelens_sae_is_that_of_its_residual_stream(hook, layer, tmp_path):
+    cfg, tensors = to_saelens(make_sae("AutoEncoder"), config_of(make_sae("AutoEncoder")))
+    cfg["metadata"]["hook_name"] = hook
+    assert from_saelens(tmp_path, cfg, tensors)[1]["trainer"]["layer"] == layer
+
+
+def test_topk_rescaled_by_decoder_norms_is_folded(tmp_path, x_BD):
+    ae = make_sae("AutoEncoderTopK")
+    cfg, tensors = to_saelens(ae, config_of(ae))
+    norm_F = torch.linspace(0.5, 2.0, F)
+    tensors["W_dec"] = tensors["W_dec"] * norm_F[:, None]
+    pre_BF = (x_BD - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    top = (pre_BF * norm_F).topk(K)
+    f_BF = torch.zeros(len(x_BD), F).scatter(1, top.indices, top.values.relu())
+    loaded, _ = from_saelens(tmp_path, {**cfg, "rescale_acts_by_decoder_norm": True}, tensors)
+    torch.testing.assert_close(loaded.encode(x_BD), f_BF)
+    torch.testing.assert_close(loaded(x_BD), f_BF / norm_F @ tensors["W_dec"] + tensors["b_dec"])
+
+
+def test_a_scalar_threshold_holds_for_all_latents(tmp_path):
+    ae = make_sae("BatchTopKSAE")
+    cfg, tensors = to_saelens(ae, config_of(ae))
+    loaded, _ = from_saelens(tmp_path, cfg, {**tensors, "threshold": torch.tensor(0.5)})
+    assert torch.equal(loaded.threshold, torch.full((F,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architecture": "transcoder"}, "architecture 'transcoder'"),
+        ({"architecture": ["topk"]}, "can be loaded"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input False"),
+        ({"k": None}, "must say k"),
+        ({"k": 3.5}, "must say k"),
+        ({"k": 0}, "k must be a positive integer"),
+        ({"d_sae": 17}, "d_sae 17"),
+        ({"architecture": "gated"}, "must hold"),
+    ],
+)
+def test_what_a_saelens_sae_needs_and_we_lack_is_said(change, sentence, tmp_path):
+    cfg, tensors = to_saelens(make_sae("AutoEncoderTopK"), config_of(make_sae("AutoEncoderTopK")))
+    with pytest.raises(ValueError, match=sentence):
+        from_saelens(tmp_path, {**cfg, **change}, tensors)
+
+
+# -- damage
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ("", "not valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{}", "trainer.dict_class must be one of"),
+        ('{"trainer": {"dict_class": "Evil"}}', "trainer.dict_class must be one of"),
+        ('{"trainer": {"dict_class": ["AutoEncoder"]}}', "trainer.dict_class must be one of"),
+        ('{"trainer": {"dict_class": "BatchTopKSAE", "k": 3}}', "does not hold the weights of a BatchTopKSAE"),
+        ('{"trainer": {"dict_class": "AutoEncoder", "dict_size": 17}}', "dict_size 17"),
+        ('{"trainer": {"dict_class": "AutoEncoder", "activation_dim": "6"}}', "activation_dim 6"),
+    ],
+)
+def test_a_wrong_config_is_told(config, sentence, tmp_path):
+    ae = make_sae("AutoEncoder")
+    save_sae(tmp_path, ae, config_of(ae))
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=sentence):
+        load_dictionary(tmp_path)
+
+
+def test_the_reference_refuses_another_k_and_so_do_we(tmp_path):
+    ae = make_sae("AutoEncoderTopK")
+    config = config_of(ae)
+    save_sae(tmp_path, ae, config)
+    config["trainer"]["k"] = K + 1
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=f"k {K + 1}"):
+        load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state", [[1], {}, {"ae": 1}, {"encoder.weight": torch.zeros(3)}, {"decoder.weight": torch.zeros(D, F)}, None]
+)
+def test_a_foreign_pt_file_is_told(state, tmp_path):
+    ae = make_sae("AutoEncoder")
+    save_sae(tmp_path, ae, config_of(ae))
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match="ae.pt does not hold the weights of a AutoEncoder"):
+        load_dictionary(tmp_path)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("malice",)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ae = make_sae("AutoEncoder")
+    save_sae(tmp_path / "sae", ae, config_of(ae))
+    torch.save({"bias": Malice()}, tmp_path / "sae" / "ae.pt")
+    with pytest.raises(ValueError, match="ae.pt is damaged or was not written by torch.save as plain tensors"):
+        load_dictionary(tmp_path / "sae")
+    assert not (tmp_path / "malice").exists()
+
+
+def test_an_unfinished_folder_and_a_file_are_told(tmp_path):
+    write_json(tmp_path / "config.json", {"trainer": {}})
+    with pytest.raises(ValueError, match="not the folder of a trained SAE"):
+        load_dictionary(tmp_path)
+    with pytest.raises(ValueError, match="not the folder of a trained SAE"):
+        load_dictionary(tmp_path / "config.json")
+
+
+def mutations(content: bytes, rng: random.Random):
+    """The file cut short, grown, and with single bits and whole pages changed."""
+    for _ in range(6):
+        yield content[: rng.randrange(len(content))]
+    yield b""
+    yield content + b"more"
+    yield bytes(len(content))
+    for _ in range(25):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        yield bytes(damaged)
+    for _ in range(5):
+        start = rng.randrange(len(content))
+        yield content[:start] + bytes(min(512, len(content) - start)) + content[start + 512 :]
+
+
+@pytest.mark.parametrize("name", [*checkpoint.OURS, *checkpoint.SAELENS])
+def test_damage_is_one_sentence_or_harmless_and_touches_nothing(name, ae, folder):
+    if name in checkpoint.SAELENS:
+        (folder / "ae.pt").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    whole = load_dictionary(folder)[0].state_dict()
+    n_told = 0
+    for damaged in mutations(before[name], random.Random(0)):
+        (folder / name).write_bytes(damaged)
+        try:
+            loaded = load_dictionary(folder)[0].state_dict()
+        except ValueError as error:
+            n_told += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+        else:
+            weights = {key for key in whole if key != "k"}  # a changed digit of k in cfg.json cannot be known
+            assert weights <= loaded.keys() and all(torch.equal(loaded[key], whole[key]) for key in weights)
+        after = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert after == {**before, name: damaged}
+    assert n_told > 10
+
+
+# -- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of one repository, user/repo, whose files lie under tmp_path / "hub"; the names asked for are kept."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download(repo_id, filename):
+        asked.append((repo_id, filename))
+        path = tmp_path / "hub" / filename
+        if repo_id != "user/repo":
+            raise OSError("no such repository")
+        if not path.exists():
+            raise EntryNotFoundError(f"no {filename}")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_an_sae_of_the_hub_is_two_files(hub, tmp_path):
+    ae = make_sae("GatedAutoEncoder")
+    save_sae(tmp_path / "hub" / "run" / "trainer_0", ae, config_of(ae))
+    loaded, _ = load_dictionary("user/repo/run/trainer_0")
+    assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
+    assert hub == [("user/repo", "run/trainer_0/config.json"), ("user/repo", "run/trainer_0/ae.pt")]
+    for name in checkpoint.OURS:
+        (tmp_path / "hub" / "run" / "trainer_0" / name).unlink()
+    loaded, _ = load_dictionary("user/repo/run/trainer_0")
+    assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
+    assert hub[-1] == ("user/repo", "run/trainer_0/sae_weights.safetensors")
+
+
+def test_a_local_path_wins_over_the_hub(hub, tmp_path):
+    ae = make_sae("GatedAutoEncoder")
+    save_sae(tmp_path / "user" / "repo" / "trainer_0", ae, config_of(ae))
+    load_dictionary("user/repo/trainer_0")
+    assert hub == []
+
+
+@pytest.mark.parametrize(
+    "name", ["user/repo/missing", "other/repo/trainer_0", "nowhere", "./a/b/c", "/a/b/c", "user/repo/../x", "a//b", ""]
+)
+def test_a_name_that_leads_nowhere_is_told(name, hub):
+    if name == "":
+        name = "user/repo/a\\..\\b"
+    with pytest.raises(ValueError, match="(does not exist|neither a local folder nor an SAE on the Hugging Face Hub)"):
+        load_dictionary(name)
+    assert all(".." not in filename for _, filename in hub)
+
+
+# -- writes
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_leftovers(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def half(tmp: Path) -> None:
+        tmp.write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="could not be written .*No space left on device.* untouched"):
+        write_atomic(path, half)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """The real thing: the kernel refuses to let files grow."""
+    ae = make_sae("AutoEncoder")
+    save_sae(tmp_path / "sae", ae, config_of(ae))
+    save_state(tmp_path / "resume", {"step": 1, "x": torch.ones(9999)})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(OSError, match="safetensors could not be written"):
+            save_sae(tmp_path / "sae", ae, config_of(ae))
+        with pytest.raises(OSError, match="ae.pt could not be written"):
+            save_weights(tmp_path / "sae" / "ae.pt", ae)
+        with pytest.raises(OSError, match="state_2.pt could not be written"):
+            save_state(tmp_path / "resume", {"step": 2, "x": torch.ones(9999)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+KILLED = """
+import sys, torch
+from dictionary_learning.checkpoint import save_state
+step = 0
+while True:
+    step += 1
+    save_state("resume", {"step": step, "x": torch.full((200_000,), float(step))})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    said = [5, *map(int, process.stdout.read().split())]
+    process.wait()
+    process.stdout.close()
+    state = load_state(tmp_path / "resume")
+    assert state is not None and state["step"] >= said[-1]
+    assert torch.equal(state["x"], torch.full((200_000,), float(state["step"])))
+
+
+def test_json_knows_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": None}})
+    assert read_json(tmp_path / "a.json") == {"a": [None, 1.5, [None]], "b": {"c": None}}
+    assert (tmp_path / "a.json").read_text().startswith('{\n    "a"')
+
+
+def test_metrics_are_rewound_to_the_step_of_the_state(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rewind_jsonl(path, 5)
+    assert read_jsonl(path) == [] and not path.exists()
+    for step in range(0, 100, 10):
+        append_jsonl(path, {"step": step, "loss": float("nan")})
+    with open(path, "a") as file:
+        file.write('{"step": 100, "lo')  # killed here
+    assert [row["step"] for row in read_jsonl(path)] == list(range(0, 100, 10))
+    rewind_jsonl(path, 40)
+    append_jsonl(path, {"step": 40, "loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30, 40]
+
+
+# -- states
+
+
+def state_of(step: int) -> dict:
+    plain = {"list": [1, (2.5, None)], "text": "a", "rng": torch.Generator().get_state(), "flag": True}
+    return {"step": step, "trainers": [{"w": torch.full((3, 4), float(step))}], "data": plain}
+
+
+def test_the_newest_states_are_kept_and_come_back(tmp_path):
+    assert load_state(tmp_path / "resume") is None
+    for step in (900, 1000, 1100):
+        save_state(tmp_path / "resume", state_of(step))
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["state_1000.pt", "state_1100.pt"]
+    state = load_state(tmp_path / "resume")
+    assert state is not None and state["step"] == 1100 and state["data"]["list"] == [1, (2.5, None)]
+    assert torch.equal(state["trainers"][0]["w"], torch.full((3, 4), 1100.0))
+
+
+def test_a_torn_state_is_passed_over_aloud_and_then_removed(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, state_of(step))
+    content = (tmp_path / "state_2.pt").read_bytes()
+    for damaged in mutations(content, random.Random(0)):
+        (tmp_path / "state_2.pt").write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            state = load_state(tmp_path)
+        assert state is not None and torch.equal(state["trainers"][0]["w"], torch.full((3, 4), float(state["step"])))
+        assert state["step"] == 2 or "state_2.pt is damaged" in str(caught[0].message)
+    (tmp_path / "state_2.pt").write_bytes(content[:-50])
+    (tmp_path / ".state_2.pt.tmp").write_bytes(b"killed while writing")
+    with pytest.warns(UserWarning, match="state_2.pt is damaged"):
+        state = load_state(tmp_path)
+    assert state is not None and state["step"] == 1
+    save_state(tmp_path, {**state, "step": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state_1.pt", "state_2.pt"]
+
+
+def test_damaged_states_of_later_steps_do_not_outlive_the_next_save(tmp_path):
+    for step in (10, 20):
+        save_state(tmp_path, state_of(step))
+    (tmp_path / "state_20.pt").write_bytes(b"torn")
+    save_state(tmp_path, state_of(15))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state_10.pt", "state_15.pt"]
+
+
+def test_if_every_state_is_damaged_that_is_said(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, state_of(step))
+        (tmp_path / f"state_{step}.pt").write_bytes(b"torn")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no state in .* can be resumed"):
+        load_state(tmp_path)

@@ -1,0 +1,288 @@
+"""Laws of the trainers: what a step may change, and what may not change a step."""
+
+import copy
+
+import pytest
+import torch
+
+from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
+from dictionary_learning.dictionary import TopKDictionary
+from dictionary_learning.trainers import StandardTrainer, TopKTrainer
+from dictionary_learning.trainers.top_k import geometric_median
+
+D, F, B, STEPS = 12, 48, 32, 60
+SWEEP = Sweep(
+    num_tokens=STEPS * B,
+    sae_batch_size=B,
+    dictionary_widths=[F],
+    learning_rates=[3e-3],
+    target_l0s=[4],
+    standard_penalties=[0.1],
+    p_anneal_penalties=[0.1],
+    gated_penalties=[0.1],
+)
+NAMES = list(ARCHITECTURES)
+
+
+def make(name: str, **changes):
+    (config,) = get_trainer_configs(SWEEP, [name], "model", 0, D, "cpu")
+    trainer_class = config.pop("trainer")
+    return trainer_class(**config | changes)
+
+
+def batches(n: int, seed: int = 0):
+    """Sparse combinations of fixed directions: something an SAE can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(30, D, generator=generator) / D**0.5
+    return [(torch.rand(B, 30, generator=generator) < 0.1).float() @ directions for _ in range(n)]
+
+
+def train(trainer, data, start: int = 0):
+    outs = [trainer.update(step, x_BD) for step, x_BD in enumerate(data, start)]
+    return outs[-1]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.ae.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].equal(b[name]), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_reads_and_never_writes(name):
+    trainer, data = make(name), batches(20)
+    train(trainer, data)
+    before = copy.deepcopy(trainer.state_dict())
+    trainer.loss(data[0], 20)
+    after = trainer.state_dict()
+    assert str(before) == str(after)
+    assert_same(weights(trainer), {k.removeprefix("ae."): v for k, v in before.items() if k.startswith("ae.")})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_weights_whatever_else_happens(name):
+    one = make(name)
+    train(one, batches(15))
+    torch.manual_seed(123)
+    torch.rand(7)
+    make("standard")  # another trainer in the process
+    two = make(name)
+    train(two, batches(15))
+    assert_same(weights(one), weights(two))
+    other = make(name, seed=1)
+    assert not other.ae.encoder_FD.equal(make(name).ae.encoder_FD)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_global_generator_is_left_alone(name):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(make(name), batches(5))
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_equals_a_straight_run(name, tmp_path):
+    data = batches(STEPS)
+    straight = make(name)
+    train(straight, data)
+    first = make(name)
+    train(first, data[:37])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = make(name)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(second, data[37:], start=37)
+    assert_same(weights(straight), weights(second))
+    assert straight.config == second.config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_lowers_the_error(name):
+    trainer, data = make(name), batches(STEPS)
+    first = trainer.loss(data[0], 0)
+    last = train(trainer, data)
+    assert (data[-1] - last.x_hat_BD).norm() < (data[0] - first.x_hat_BD).norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoder_norms(name):
+    """Unit norm after every step, except for standard_new, whose norms are free."""
+    trainer = make(name)
+    for step, x_BD in enumerate(batches(10)):
+        trainer.update(step, x_BD)
+        norms_F = trainer.ae.decoder_FD.norm(dim=1)
+        if name == "standard_new":
+            assert (norms_F < 0.5).all()
+        else:
+            torch.testing.assert_close(norms_F, torch.ones(F), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_step_has_learning_rate_zero(name):
+    trainer, (x_BD,) = make(name), batches(1)
+    before = weights(trainer)
+    trainer.update(0, x_BD)
+    assert trainer.ae.encoder_FD.equal(make(name).ae.encoder_FD)
+    for bias in {"encoder.bias", "b_enc", "mag_bias"} & before.keys():
+        assert trainer.ae.state_dict()[bias].equal(before[bias])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_that_is_not_finite_stops_the_sae_with_its_last_weights(name):
+    trainer, data = make(name), batches(12)
+    train(trainer, data[:10])
+    before = weights(trainer)
+    broken = data[10].clone()
+    broken[3, 2] = torch.nan
+    trainer.update(10, broken)
+    assert trainer.stopped
+    trainer.update(11, data[11])
+    for parameter in dict(trainer.ae.named_parameters()):
+        torch.testing.assert_close(trainer.ae.state_dict()[parameter], before[parameter], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.varies == "k"])
+def test_topk_family(name):
+    trainer, data = make(name, k=4), batches(STEPS)
+    last = train(trainer, data)
+    assert isinstance(trainer.ae, TopKDictionary)
+    assert last.l0() <= 4
+    assert trainer.ae.threshold > 0
+    exact_BF = trainer.ae.encode(data[-1], use_threshold=False)
+    assert (exact_BF != 0).sum() <= 4 * B
+    by_threshold_BF = trainer.ae.encode(data[-1])
+    assert by_threshold_BF.equal(torch.where(by_threshold_BF > trainer.ae.threshold, by_threshold_BF, 0))
+
+
+@pytest.mark.parametrize("negative_thresholds", [False, True])
+@pytest.mark.parametrize("name", ["standard", "standard_new", "p_anneal", "gated", "jump_relu"])
+def test_sparse_and_dense_form_of_a_step_agree(name, negative_thresholds):
+    """In loss and gradients; for JumpReLU also where a threshold is so small that the kernel reaches features of 0."""
+    grads, losses = [], []
+    for sparse in (False, True):
+        trainer = make(name).double()
+        train(trainer, [x_BD.double() for x_BD in batches(20)])
+        if name == "jump_relu":
+            with torch.no_grad():
+                trainer.ae.threshold[: F // 2] = -0.0003 if negative_thresholds else 0.0004
+                trainer.ae.threshold[F // 2 :] = 0.05
+        trainer.sparse = sparse
+        out = trainer.loss(batches(1, seed=9)[0].double(), 20)
+        losses.append(out.loss)
+        grads.append(torch.autograd.grad(out.loss, list(trainer.ae.parameters())))
+        assert out.f.dense().shape == (B, F)
+    torch.testing.assert_close(losses[0], losses[1])
+    for dense, sparse in zip(*grads, strict=True):
+        torch.testing.assert_close(dense, sparse)
+
+
+def test_threshold_start_is_strict_and_a_row_with_nothing_active_is_left_out():
+    trainer, data = make("top_k", threshold_start_step=3), batches(6)
+    train(trainer, data[:4])
+    assert trainer.ae.threshold == -1
+    x_BD = data[4].clone()
+    with torch.no_grad():
+        trainer.ae.encoder.bias.fill_(-1e3)
+        trainer.ae.encoder.bias[0] = 1.0
+        trainer.ae.encoder.weight[0] = 0
+    trainer.update(4, x_BD)
+    assert trainer.ae.threshold == 1.0  # the only positive activation, of every row
+
+
+def test_dead_latents_are_revived_by_the_auxiliary_loss():
+    trainer, data = make("batch_top_k", dead_feature_threshold=5 * B), batches(STEPS)
+    with torch.no_grad():
+        trainer.ae.encoder.bias[: F // 2] = -1e3
+    trainer.update(0, data[0])
+    for step in range(1, 8):
+        out = trainer.update(step, data[step])
+    assert out.terms["dead_features"] >= F // 2
+    with torch.no_grad():
+        trainer.ae.encoder.bias[: F // 2] = -0.3
+    out = trainer.loss(data[8], 8)
+    assert out.terms["auxk_loss"] > 0
+    grads_FD = torch.autograd.grad(out.terms["auxk_loss"], trainer.ae.encoder.weight)[0]
+    dead_F = trainer.silent_tokens(out.fired_F, B) >= trainer.dead_feature_threshold
+    assert dead_F.any() and not dead_F.all()
+    assert grads_FD[dead_F].any() and not grads_FD[~dead_F].any()
+
+
+def test_k_annealing_ends_at_k():
+    trainer = make("batch_top_k", k_anneal_steps=20)
+    ks = []
+    for step, x_BD in enumerate(batches(30)):
+        trainer.update(step, x_BD)
+        ks.append(int(trainer.ae.k))
+    assert ks[0] == D and ks == sorted(ks, reverse=True) and ks[20:] == [4] * 10
+    assert trainer.config["k"] == 4
+
+
+def test_resampling_points_dead_latents_at_badly_reconstructed_tokens():
+    trainer = StandardTrainer(
+        steps=100, activation_dim=D, dict_size=F, layer=0, lm_name="m", lr=1e-3, l1_penalty=0.0, warmup_steps=5,
+        sparsity_warmup_steps=None, resample_steps=10, seed=0, device="cpu",
+    )  # fmt: skip
+    with torch.no_grad():
+        trainer.ae.encoder.bias[:6] = -1e3
+    data = batches(11)
+    train(trainer, data)
+    assert (trainer.ae.encoder.bias[:6] == 0).all()
+    torch.testing.assert_close(trainer.ae.decoder_FD[:6].norm(dim=1), torch.ones(6))
+    tokens_BD = data[10] / data[10].norm(dim=1, keepdim=True).clamp(min=1e-9)
+    assert ((trainer.ae.decoder_FD[:6] @ tokens_BD.T).amax(1) > 0.999).all()
+    moments = trainer.optimizer.state[trainer.ae.encoder.weight]
+    assert not moments["exp_avg"][:6].any() and moments["exp_avg"][6:].any()
+
+
+def test_p_falls_in_steps_and_the_penalty_does_not_jump():
+    trainer = make("p_anneal", anneal_start=10, n_sparsity_updates=5, sparsity_queue_length=3)
+    seen = []
+    for step, x_BD in enumerate(batches(STEPS)):
+        out = trainer.update(step, x_BD)
+        seen.append((trainer.p, float(out.terms["scaled_lp_loss"])))
+    ps = [p for p, _ in seen]
+    assert ps[0] == 1.0 and ps == sorted(ps, reverse=True)
+    assert len(set(ps)) == 4  # the last event, at the end of training, is never reached
+    jumps = [abs(seen[i + 1][1] / seen[i][1] - 1) for i in range(15, STEPS - 1) if ps[i] != ps[i + 1]]
+    assert len(jumps) == 3 and max(jumps) < 0.5
+
+
+def test_config_rebuilds_the_trainer():
+    for name in NAMES:
+        trainer = make(name)
+        config = trainer.config
+        fields = trainer.Config.__dataclass_fields__
+        again = type(trainer)(**{key: config[key] for key in fields if key in config and key != "dict_class"})
+        assert again.config == config
+
+
+def test_geometric_median_of_equal_rows_is_that_row():
+    row_D = torch.tensor([1.0, -2.0, 3.0])
+    assert geometric_median(row_D.expand(5, 3)).equal(row_D)
+    assert geometric_median(row_D[None]).equal(row_D)
+
+
+def test_geometric_median_resists_an_outlier():
+    x_BD = torch.randn(101, 3, generator=torch.Generator().manual_seed(0))
+    x_BD[0] = 1e6
+    assert geometric_median(x_BD).norm() < 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"warmup_steps": 100}, "warmup_steps"),
+        ({"decay_start": 2}, "decay_start"),
+        ({"k": 0}, "k must lie"),
+        ({"k": F + 1}, "k must lie"),
+        ({"k_anneal_steps": 0}, "k_anneal_steps"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TopKTrainer(**{"steps": 50, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "k": 4,
+                       "warmup_steps": 5, "device": "cpu", **settings})  # fmt: skip
