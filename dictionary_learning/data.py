@@ -157,6 +157,7 @@ def _read_file(path: Path, start: int) -> Iterator[Any]:
         if kind in ("parquet", "arrow"):
             for batch in _record_batches(path, kind):
                 if start < batch.num_rows:
+                    batch.validate(full=True)  # arrow itself would follow a bad offset anywhere
                     yield from batch.slice(start).to_pylist()
                 start = max(0, start - batch.num_rows)
             return
@@ -169,12 +170,13 @@ def _read_file(path: Path, start: int) -> Iterator[Any]:
                 lines = (line for line in itertools.chain([first], file) if line.strip())
                 yield from map(json.loads, itertools.islice(lines, start, None))
     # what the readers of these formats raise on bytes that are not theirs (pyarrow's errors derive from these)
-    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).split())[:300]
+    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 class FileRows(Stream):

@@ -147,7 +147,7 @@ def _name(run_folder: Path, record: SAERecord) -> str:
 
 def _table(run_folder: Path, records: list[SAERecord]) -> str:
     headings = [heading for heading, _ in COLUMNS.values()]
-    rows = [["SAE", "architecture", "width", "setting", *headings], ["---"] * 4 + ["---:"] * len(COLUMNS)]
+    rows = [["SAE", "architecture", "width", "setting", *headings], ["---"] * 2 + ["---:"] * (2 + len(COLUMNS))]
     for record in records:
         setting = next((f"{key} {record.trainer[key]:g}" for key in SPARSITY_SETTINGS if record.trainer.get(key)), "")
         numbers = [
@@ -213,7 +213,8 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sae = load_file(hf_hub_download("{repo_id}", "{path}/sae_weights.safetensors"))
+folder = "{path}"
+sae = load_file(hf_hub_download("{repo_id}", f"{{folder}}/sae_weights.safetensors"))
 name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -241,7 +242,8 @@ def _saelens_snippet(record: SAERecord, repo_id: str, path: str) -> str:
     return f"""import torch
 from sae_lens import SAE
 
-sae = SAE.from_pretrained("{repo_id}", "{path}")
+folder = "{path}"
+sae = SAE.from_pretrained("{repo_id}", folder)
 x = torch.randn(4, {record.trainer["activation_dim"]})  # in place of activations
 features = sae.encode(x)  # (4, {record.width})
 reconstruction = sae.decode(features)"""

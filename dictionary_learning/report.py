@@ -428,9 +428,11 @@ def write_reports(
         batch_size=batch_size,
         text_column=text_column or run.get("text_column", "text"),
         held_out=held_out or None,  # None: all of it
+        prefetch=0,
     )
     n_batches = -(-num_tokens // (batch_size * context_length))
-    subjects, contexts = gather(lm, saes, tqdm(islice(batches, n_batches), "reading", n_batches))
+    with tqdm(islice(batches, n_batches), "reading", n_batches) as bar:
+        subjects, contexts = gather(lm, saes, bar)
     pages = []
     for subject in tqdm(subjects, "writing"):
         about = subject.about(lm, text)

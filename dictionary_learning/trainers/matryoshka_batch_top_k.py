@@ -29,6 +29,8 @@ class MatryoshkaConfig(TopKConfig):
         super().__post_init__()
         if not math.isclose(sum(self.group_fractions), 1.0):
             raise ValueError(f"group_fractions must add up to 1, got {self.group_fractions}.")
+        if min(self.group_sizes) <= 0:
+            raise ValueError(f"dict_size {self.dict_size} is too small for groups of {self.group_fractions}.")
         if self.group_weights is None:
             self.group_weights = [1 / len(self.group_fractions)] * len(self.group_fractions)
         if len(self.group_weights) != len(self.group_fractions):

@@ -3,7 +3,7 @@
 B tokens in a batch, D activation_dim, F dict_size, S steps.
 """
 
-B, D, F, S = 32, 16, 64, 150
+B, D, F, S = 32, 16, 64, 120
 NORM_FACTOR = 3.0
 BUFFER = {"d_submodule": D, "io": "out", "n_ctxs": 8, "ctx_len": 128, "refresh_batch_size": 4, "out_batch_size": B}
 COMMON = {
@@ -14,7 +14,7 @@ COMMON = {
     "lm_name": "EleutherAI/pythia-70m-deduped",
     "lr": 3e-3,
     "warmup_steps": 10,
-    "decay_start": 110,
+    "decay_start": 90,
     "seed": 7,
     "device": "cpu",
     "wandb_name": "parity",

@@ -191,6 +191,7 @@ def test_blocks_are_themselves_again_after_an_error_and_where_they_were_wrapped(
     tokens_BL = torch.arange(10).view(2, 5)
     wrapped = lm.layers[0].forward = lm.layers[0].forward
     logits_BLV, x_by_layer = lm.run(tokens_BL, tokens_BL >= 0, [1])
+    lm.run_from(1, x_by_layer[1], tokens_BL, tokens_BL >= 0)
     lm.layers[2].forward = None
     with pytest.raises(TypeError):
         lm.run_from(1, x_by_layer[1], tokens_BL, tokens_BL >= 0)

@@ -1,0 +1,259 @@
+"""`demo.py` from flags to folder: what it writes, what does not change a weight, what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo_config import ARCHITECTURES
+from dictionary_learning.checkpoint import find_saes, load_dictionary, read_jsonl
+from dictionary_learning.evaluation import REFERENCE_METRICS
+
+DEMO = Path(__file__).parents[2] / "demo.py"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "ae.pt", weights_only=True)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].equal(theirs[name]), (a, name)
+
+
+def finite(value) -> bool:
+    return all(map(finite, value.values())) if isinstance(value, dict) else (
+        value is None or not isinstance(value, float) or math.isfinite(value)
+    )  # fmt: skip
+
+
+def test_all_architectures_on_two_layers_with_two_widths(run, tmp_path):
+    code = run("--architectures", *ARCHITECTURES, "--layers", 1, 3, "--dictionary_widths", 32, 64, "--save_checkpoints")
+    assert code == 0
+    (folder,) = tmp_path.iterdir()
+    saes = find_saes(folder)
+    assert len(saes) == 2 * 2 * len(ARCHITECTURES)
+    assert [path.parent.name for path in saes[:16]] == ["resid_post_layer_1"] * 16
+    assert [path.name for path in saes[:16]] == [f"trainer_{i}" for i in range(16)]
+    order = [json.loads((path / "config.json").read_text())["trainer"]["trainer_class"] for path in saes[:16:2]]
+    assert order == [row.trainer for row in ARCHITECTURES.values()]
+    for path in saes:
+        names = {file.name for file in path.iterdir()}
+        assert {
+            "config.json",
+            "ae.pt",
+            "cfg.json",
+            "sae_weights.safetensors",
+            "eval_results.json",
+            "metrics.jsonl",
+        } <= names
+        assert {f.name for f in (path / "checkpoints").iterdir()} >= {"ae_0.pt", "ae_18.pt"}
+        config = json.loads((path / "config.json").read_text())
+        assert config["buffer"]["ctx_len"] == 32 and config["trainer"]["norm_factor"] > 0
+        results = json.loads((path / "eval_results.json").read_text())
+        assert list(results)[: len(REFERENCE_METRICS) + 1] == [*REFERENCE_METRICS, "hyperparameters"]
+        assert all(results[name] is not None and math.isfinite(results[name]) for name in REFERENCE_METRICS), results
+        assert finite(results) and "error" not in results
+        steps = [row["step"] for row in read_jsonl(path / "metrics.jsonl")]
+        assert steps == [0, 10, 20, 30, 40, 50, 59]
+    assert (folder / "pareto.png").stat().st_size > 10_000
+    assert json.loads((folder / "run.json").read_text())["trained"] is True
+    assert not list(folder.rglob("*.tmp")) and not (folder / "resume").exists()
+    names_of_config = [str(path.parent) for path in folder.rglob("config.json")]
+    assert sorted(names_of_config) == sorted(map(str, saes))  # SAEBench takes every such file for an SAE
+
+
+def test_saved_saes_and_checkpoints_take_raw_activations(run, tmp_path, tiny_model_folder):
+    """On raw activations a trained SAE has an error far below their norm; with unscaled biases it would not."""
+    from dictionary_learning.model import load_model
+
+    assert run("--architectures", "batch_top_k", "--save_checkpoints", "--no_eval", "--num_tokens", 8000) == 0
+    (path,) = find_saes(tmp_path)
+    ae, config = load_dictionary(path)
+    lm = load_model(str(tiny_model_folder))
+    tokens_BL = torch.tensor(lm.tokenizer(["word1 word2 word3"])["input_ids"])
+    x_LD = lm.activations(tokens_BL, torch.ones_like(tokens_BL), [1])[1][0].float()
+    factor = config["trainer"]["norm_factor"]
+    assert 0.5 < x_LD.norm(dim=1).mean() / factor < 2
+    assert (ae(x_LD) - x_LD).norm() < 0.8 * (x_LD - ae.b_dec).norm()
+    first = torch.load(path / "checkpoints" / "ae_0.pt", weights_only=True)
+    assert not first["b_dec"].any() and first["threshold"] == -1
+
+
+def test_nothing_else_changes_a_weight(run, command, tmp_path, monkeypatch):
+    """The set of SAEs beside it, logging, W&B, checkpoints, states, evaluation: the same weights to the bit."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    assert run("--save_dir", alone, "--architectures", "batch_top_k", "--no_eval", "--log_steps", 60) == 0
+    flags = ["--log_steps", 7, "--save_checkpoints", "--backup_steps", 13, "--use_wandb"]
+    assert run("--save_dir", beside, "--architectures", "jump_relu", "batch_top_k", "gated", *flags) == 0
+    (one,) = find_saes(alone)
+    (other,) = [p for p in find_saes(beside) if "BatchTopK" in (p / "config.json").read_text()]
+    assert_same_weights(one, other)
+
+
+def test_same_command_same_bits(run, tmp_path):
+    for name in ("a", "b"):
+        assert (
+            run("--save_dir", tmp_path / name, "--architectures", "matryoshka_batch_top_k", "standard", "--no_eval")
+            == 0
+        )
+    for one, other in zip(find_saes(tmp_path / "a"), find_saes(tmp_path / "b"), strict=True):
+        assert_same_weights(one, other)
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(DEMO), *arguments], stderr=subprocess.PIPE, text=True, env=env, **options
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=240)
+    return process.returncode, errors
+
+
+def test_killed_and_interrupted_runs_resume_to_the_same_bits(command, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: as if nothing had happened, and every metric once."""
+    flags = ["--architectures", "p_anneal", "batch_top_k", "--no_eval", "--num_tokens", "20000", "--epochs", "20"]
+    flags += ["--backup_steps", "25"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    code, errors = finish(start(command("--save_dir", straight, *flags)))
+    assert code == 0, errors
+
+    arguments = command("--save_dir", broken, *flags)
+    process = start(arguments)
+    wait_for(lambda: list(broken.glob("*/resume/state_50.pt")), process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    process = start([*arguments, "--resume"])
+    wait_for(lambda: list(broken.glob("*/resume/state_125.pt")), process)
+    process.send_signal(signal.SIGTERM)
+    code, errors = finish(process)
+    assert code == 75 and "--resume" in errors
+    code, errors = finish(start([*arguments, "--resume"]))
+    assert code == 0, errors
+
+    for one, other in zip(find_saes(straight), find_saes(broken), strict=True):
+        assert_same_weights(one, other)
+        assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def test_resume_refuses_other_settings_and_says_which(run, tmp_path, capsys):
+    assert run("--architectures", "top_k", "--no_eval") == 0
+    assert run("--architectures", "top_k", "--no_eval", "--resume", "--learning_rates", 0.1) == 2
+    assert "learning_rates was [0.003], is [0.1]" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(run, tmp_path, capsys):
+    assert run("--architectures", "top_k", "--no_eval") == 0
+    (path,) = find_saes(tmp_path)
+    before = weights(path)
+    assert run("--architectures", "top_k", "--no_eval") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert all(weights(path)[name].equal(before[name]) for name in before)
+    assert run("--architectures", "top_k", "--no_eval", "--overwrite", "--random_seeds", 1) == 0
+    assert not weights(path)["encoder.weight"].equal(before["encoder.weight"])
+
+
+def test_overwrite_does_not_delete_what_is_not_a_run(run, tmp_path, tiny_model_folder, capsys):
+    folder = tmp_path / f"{tiny_model_folder.name}_top_k"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    assert run("--architectures", "top_k", "--overwrite") == 2
+    assert (folder / "thesis.tex").exists()
+
+
+def test_dry_run_writes_nothing_and_loads_no_weights(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dictionary_learning.model.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert run("--architectures", "top_k", "standard", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "2 SAEs" in out and "3,000 tokens = 60 steps of 50" in out and "short run" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_alone_and_a_broken_folder_beside(run, tmp_path, capsys):
+    assert run("--architectures", "top_k", "standard", "--no_eval") == 0
+    first, second = find_saes(tmp_path)
+    (first / "ae.pt").write_bytes((first / "ae.pt").read_bytes()[:100])
+    assert run("--eval_only", first.parent.parent) == 0
+    assert str(first) in capsys.readouterr().err
+    assert not (first / "eval_results.json").exists() and (second / "eval_results.json").exists()
+
+
+def test_a_sae_that_blows_up_stops_alone(run, tmp_path, capsys):
+    code = run("--architectures", "standard", "top_k", "--standard_penalties", "1e38", 0.05, "--log_steps", 5)
+    assert code == 0
+    broken, fine, _ = find_saes(tmp_path)
+    assert "failure" in json.loads((broken / "config.json").read_text())["trainer"]
+    assert all(tensor.isfinite().all() for tensor in weights(broken).values())
+    assert "failure" not in json.loads((fine / "config.json").read_text())["trainer"]
+    assert len(read_jsonl(fine / "metrics.jsonl")) > len(read_jsonl(broken / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model_name", "no/such-model-anywhere"], "no/such-model-anywhere"),
+        (["--layers", 9], "0 to 3"),
+        (["--layers", 1, 1], "twice"),
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--device", "toaster"], "toaster"),
+        (["--text_column", "body"], "text"),
+        (["--dataset", "/nowhere/at/all.jsonl"], "/nowhere/at/all.jsonl"),
+        (["--buffer_tokens", 60], "buffer_tokens"),
+        (["--num_tokens", 100], "num_tokens"),
+        (["--num_tokens", 1_000_000], "--epochs"),
+        (["--context_length", 4096], "context_length"),
+        (["--target_l0s", 33, "--architectures", "top_k"], "dict_size"),
+        (["--architectures", "matryoshka_batch_top_k", "--dictionary_widths", 24], "too small for groups"),
+        (["--resume"], "no run to resume"),
+        (["--upload_only", "saes"], "hf_repo_id"),
+        (["--eval_only", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_sentence(run, capsys, flags, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run(*(["--architectures", "top_k"] if "--architectures" not in flags else []), *flags) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+def test_unknown_architecture_and_flag(run, capsys):
+    for flags in (["--architectures", "mega_sae"], ["--frobnicate"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*flags)
+        assert stop.value.code == 2
+        assert flags[-1] in capsys.readouterr().err
+
+
+def test_an_empty_dataset_is_refused(run, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert run("--architectures", "top_k", "--dataset", tmp_path / "empty.jsonl") == 2
+    assert "empty.jsonl" in capsys.readouterr().err
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['demo.py', '--help']\ntry:\n    import demo; demo.main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'datasets', 'wandb', 'matplotlib'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=DEMO.parent)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--target_l0s" in done.stdout and "Qwen/Qwen3-8B" in done.stdout
