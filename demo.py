@@ -349,6 +349,8 @@ def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool) -> Any:
         context_length=sweep.context_length,
         batch_size=(sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)) if evaluation else sweep.llm_batch_size,
         text_column=sweep.text_column,
+        split=sweep.split,
+        subset=None if evaluation and not plan.held_out else sweep.subset,
         held_out=evaluation if plan.held_out else None,
         epochs=1 if evaluation else sweep.epochs,
         mixed=plan.args.mixed_dataset,

@@ -42,6 +42,8 @@ class Sweep:
     dataset: str | None = option(None, "Hub id, file or folder, or python-stdlib; default by model")
     eval_dataset: str | None = option(None, "the same for evaluation; default: a held-out part of --dataset")
     text_column: str = option("text", "column of the dataset that holds the text")
+    split: str = option("train", "split of both datasets")
+    subset: str | None = option(None, "subset (configuration) of a Hub --dataset, as sample-10BT of fineweb")
     epochs: int = option(1, "times the dataset may be read")
     chat_dataset: str = option("lmsys/lmsys-chat-1m", "conversations for --mixed_dataset")
     chat_fraction: float = option(0.1, "share of the tokens that --mixed_dataset takes from them")
@@ -79,9 +81,9 @@ LLM_CONFIG: dict[str, dict[str, Any]] = {
         dictionary_widths=[1024],
         learning_rates=[1e-3],
         target_l0s=[16, 32, 64],
-        standard_penalties=[0.02, 0.04, 0.08],
-        p_anneal_penalties=[0.01, 0.02, 0.04],
-        gated_penalties=[0.02, 0.04, 0.08],
+        standard_penalties=[0.08, 0.16, 0.32],
+        p_anneal_penalties=[0.04, 0.08, 0.16],
+        gated_penalties=[0.1, 0.2, 0.4],
         log_steps=50,
         eval_num_inputs=128,
     ),

@@ -70,6 +70,7 @@ class ActivationBuffer:
         "_median_norms",
         "_norm_factors",
         "_text_is_left",
+        "_filling",
     )
 
     def __init__(
@@ -107,13 +108,14 @@ class ActivationBuffer:
         self._cursor = n_tokens
         self._surplus_ND: dict[int, Tensor] | None = None  # of the last LLM batch, for the next fill
         self._text_is_left = True
+        self._filling = False  # stays true where an error of the text cut a fill short: the next one completes it
 
     def __iter__(self) -> "ActivationBuffer":
         return self
 
     def __next__(self) -> dict[int, Tensor]:
         self._fill_first()
-        if self._text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens:
+        if self._filling or (self._text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens):
             self._fill()
         rows_B = self._order_C[self._cursor : self._cursor + self.out_batch_size]
         if len(rows_B) == 0:
@@ -159,6 +161,7 @@ class ActivationBuffer:
 
     def _fill(self) -> None:
         """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows."""
+        self._filling = True
         while self._cursor > 0:
             x_by_layer = self._surplus_ND or self._read()
             if x_by_layer is None:
@@ -174,6 +177,7 @@ class ActivationBuffer:
         unread_U = self._order_C[self._cursor :]
         order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
         self._order_C[self._cursor :] = unread_U[order_U]
+        self._filling = False
 
     def _read(self) -> dict[int, Tensor] | None:
         """{layer: x_ND} of the unmasked positions of the next batch of text, None at its end."""
@@ -250,7 +254,6 @@ class ActivationBuffer:
             "mask": self.mask,
             "max_norm_multiple": self.max_norm_multiple if self.mask else None,
             "median_norm": self._median_norms.get(layer),
-            "position_counts": dict(self.counts),
         }
 
     def state_dict(self) -> dict[str, Any]:

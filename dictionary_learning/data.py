@@ -199,7 +199,12 @@ class FileRows(Stream):
             self.file, self.row, self._rows = self.file + 1, 0, None
         raise StopIteration
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "n_files": len(self.files)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["n_files"] != len(self.files):
+            raise ValueError(f"the text had {state['n_files']} files when this state was saved, now {len(self.files)}")
         super().load_state_dict(state)
         self._rows = None
 
@@ -689,6 +694,7 @@ class TextBatches(Stream):
         if batch_size < 1:
             raise ValueError(f"a batch must hold at least 1 context, got {batch_size}")
         self.contexts, self.batch_size, self.pad_id = contexts, batch_size, pad_id
+        self._state = super().state_dict()
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         contexts = list(itertools.islice(self.contexts, self.batch_size))
@@ -697,7 +703,15 @@ class TextBatches(Stream):
         lengths_B = torch.tensor([len(context) for context in contexts])
         length = int(lengths_B.max())
         tokens_BL = torch.tensor([context + [self.pad_id] * (length - len(context)) for context in contexts])
+        self._state = super().state_dict()
         return tokens_BL, torch.arange(length) < lengths_B[:, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state  # after the last whole batch: an error may come when half of the next is read
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._state = super().state_dict()
 
 
 def _next_and_state(batches: Stream) -> tuple[Any, dict[str, Any]]:

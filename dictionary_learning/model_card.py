@@ -290,7 +290,7 @@ def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
         "Learning rate": spread("lr"),
         "Seed": spread("seed"),
         "Precision": f"model in {settings['dtype']}, SAEs in {settings.get('autocast')}" if "dtype" in settings else "",
-        "Command": f"`{run['command']}`" if "command" in run else "",
+        "Command": f"`python {re.sub(r'^\S*/', '', run['command'])}`" if "command" in run else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
     }
     known = [f"{name}: {value}" for name, value in facts.items() if value != ""]

