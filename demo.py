@@ -22,6 +22,7 @@ from demo_config import ARCHITECTURES, LLM_CONFIG, PRESETS, TINY_MODEL, Schedule
 
 if TYPE_CHECKING:
     from dictionary_learning.evaluation import Evaluation
+    from dictionary_learning.tracking import Tracker
 
 INTERRUPTED = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
@@ -382,7 +383,14 @@ def prepare_folder(plan: Plan) -> dict[str, Any] | None:
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise ValueError(f"{plan.folder} exists and holds other things: choose another --save_dir.")
     if state is None:
-        write_json(record, {"settings": plan.settings(), "command": shlex.join(sys.argv), "versions": versions()})
+        write_json(
+            record,
+            {
+                "settings": plan.settings(),
+                "command": shlex.join(["python", *plan.args.command]),
+                "versions": versions(),
+            },
+        )
     return state
 
 
@@ -411,13 +419,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def train(plan: Plan, state: dict[str, Any] | None) -> None:
+def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
     import torch
-    from dictionary_learning.buffer import ActivationBuffer
 
+    from dictionary_learning.buffer import ActivationBuffer
     from dictionary_learning.checkpoint import save_state
     from dictionary_learning.model import load_model
-    from dictionary_learning.tracking import Tracker, WandbRuns
     from dictionary_learning.training import Loop, make_runs
 
     sweep = plan.sweep
@@ -446,17 +453,6 @@ def train(plan: Plan, state: dict[str, Any] | None) -> None:
         buffer.load_state_dict(state["buffer"])
     norm_factors = buffer.norm_factors
     runs = make_runs(plan.configs, plan.sae_folders, buffer.config)
-    tracker = Tracker()
-    if plan.args.use_wandb:
-        tracker = WandbRuns(
-            [config["wandb_name"] for config in plan.configs],
-            [run.saved_config()["trainer"] for run in runs],
-            project=sweep.wandb_project,
-            entity=sweep.wandb_entity,
-            group=plan.folder.name,
-            folder=plan.folder,
-            ids=state["wandb_ids"] if state is not None else (),
-        )
     started = time.monotonic()
 
     def timings() -> dict[str, float]:
@@ -488,12 +484,27 @@ def train(plan: Plan, state: dict[str, Any] | None) -> None:
         loop.train()
     finally:
         text.close()
-    finish_training(plan, buffer, loop, time.monotonic() - started)
-    for sentence in tracker.finish():
-        print(sentence)
+    finish_training(plan, buffer, loop, tracker.ids, time.monotonic() - started)
 
 
-def finish_training(plan: Plan, buffer: Any, loop: Any, seconds: float) -> None:
+def open_tracker(plan: Plan, ids: list[str]) -> "Tracker":
+    """W&B runs for the SAEs, continued where they have ids already; or what keeps nothing."""
+    from dictionary_learning.tracking import Tracker, WandbRuns
+
+    if not plan.args.use_wandb:
+        return Tracker()
+    return WandbRuns(
+        [config["wandb_name"] for config in plan.configs],
+        [{**config, "trainer": config["trainer"].__name__} for config in plan.configs],
+        project=plan.sweep.wandb_project,
+        entity=plan.sweep.wandb_entity,
+        group=plan.folder.name,
+        folder=plan.folder,
+        ids=ids,
+    )
+
+
+def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], seconds: float) -> None:
     """Note in run.json that the SAEs are trained, and on what; the resume state has served."""
     from dictionary_learning.checkpoint import read_json, write_json
 
@@ -508,6 +519,7 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, seconds: float) -> None:
             "seconds_saving_state": round(loop.seconds_in_state, 2),
             "norm_factors": loop.norm_factors,
             "positions": dict(buffer.counts),
+            "wandb_ids": wandb_ids,
         },
     )
     shutil.rmtree(plan.folder / "resume", ignore_errors=True)
@@ -517,8 +529,8 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, seconds: float) -> None:
 # -- evaluation
 
 
-def evaluate(plan: Plan, folders: list[Path]) -> list[Path]:
-    """Evaluate SAE folders on the same held-out text; returns those that could be."""
+def evaluate(plan: Plan, folders: list[Path]) -> "dict[Path, Evaluation]":
+    """Evaluate SAE folders on the same held-out text; returns those that could be loaded."""
     import torch
     from safetensors.torch import save_file
 
@@ -575,14 +587,16 @@ def evaluate(plan: Plan, folders: list[Path]) -> list[Path]:
             density = {"density": evaluation.density_F.float().contiguous()}
             write_atomic(Path(name) / "density.safetensors", lambda tmp, density=density: save_file(density, tmp))
     print_table(evaluations)
-    return [Path(name) for name in evaluations]
+    return {Path(name): evaluation for name, evaluation in evaluations.items()}
 
 
 def print_table(evaluations: "dict[str, Evaluation]") -> None:
     from dictionary_learning.checkpoint import read_json
 
     trainer_names = {row.trainer: name for name, row in ARCHITECTURES.items()}
-    rows = [("layer", "architecture", "width", "setting", "L0", "loss recovered", "variance explained", "alive")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "architecture", "width", "setting", "L0", "loss recovered", "variance explained", "alive")
+    ]
     for name, evaluation in evaluations.items():
         trainer, results = read_json(Path(name) / "config.json")["trainer"], evaluation.results
         architecture = trainer_names.get(trainer["trainer_class"], trainer["trainer_class"])
@@ -590,7 +604,7 @@ def print_table(evaluations: "dict[str, Evaluation]") -> None:
         setting = f"{varies} {trainer.get(varies, '')}"
         numbers = ("l0", "frac_recovered", "frac_variance_explained", "frac_alive")
         cells = [f"{results[key]:.4g}" if results[key] is not None else "-" for key in numbers]
-        rows.append((str(trainer["layer"]), architecture, str(trainer["dict_size"]), setting, *cells))
+        rows.append((str(trainer["layer"]), str(architecture), str(trainer["dict_size"]), setting, *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -605,6 +619,7 @@ def print_table(evaluations: "dict[str, Evaluation]") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    args.command = ["demo.py", *(sys.argv[1:] if argv is None else argv)]
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return run(args)
@@ -626,33 +641,39 @@ def run(args: argparse.Namespace) -> int:
     if args.hf_repo_id:
         from dictionary_learning.hub import check_repo
 
-        check_repo(args.hf_repo_id, private=args.private)
+        print(check_repo(args.hf_repo_id, private=args.private) or f"uploads go to {args.hf_repo_id}")
+    return carry_out(plan)
+
+
+def carry_out(plan: Plan) -> int:
+    """Train, evaluate, plot, report, upload; what an earlier part of the run has done is not done again."""
+    from dictionary_learning.checkpoint import read_json
     from dictionary_learning.training import Interrupted
 
-    state = prepare_folder(plan)
-    if not is_trained(plan.folder):
-        try:
-            train(plan, state)
-        except Interrupted as stop:
-            again = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")])
-            print(f"{stop}. Continue with: python {again} --resume", file=sys.stderr)
-            return INTERRUPTED
-    if not args.no_eval:
-        evaluate(plan, plan.sae_folders)
-        plot(plan.folder)
+    args, state = plan.args, prepare_folder(plan)
+    record = read_json(plan.folder / "run.json")
+    tracker = open_tracker(plan, (state or record).get("wandb_ids", []))
+    try:
+        if not record.get("trained"):
+            train(plan, state, tracker)
+        if not args.no_eval:
+            evaluations = evaluate(plan, plan.sae_folders)
+            for i, folder in enumerate(plan.sae_folders):
+                if folder in evaluations:
+                    tracker.summary(i, evaluations[folder].results)
+            plot(plan.folder)
+    except Interrupted as stop:
+        again = shlex.join([word for word in args.command if word not in ("--resume", "--overwrite")])
+        print(f"{stop}. Continue with: python {again} --resume", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        for sentence in tracker.finish():
+            print(sentence, file=sys.stderr)
     if args.report:
         from dictionary_learning.report import write_reports
 
         write_reports(plan.folder)
-    if args.hf_repo_id:
-        return upload(args, plan.folder)
-    return 0
-
-
-def is_trained(folder: Path) -> bool:
-    from dictionary_learning.checkpoint import read_json
-
-    return bool(read_json(folder / "run.json").get("trained"))
+    return upload(args, plan.folder) if args.hf_repo_id else 0
 
 
 def evaluate_only(plan: Plan) -> int:
@@ -678,7 +699,7 @@ def upload(args: argparse.Namespace, folder: Path) -> int:
 
     if args.hf_repo_id is None:
         raise ValueError("--upload_only needs --hf_repo_id USER/REPO.")
-    upload_run(folder, args.hf_repo_id, private=args.private)
+    print(f"uploaded to {upload_run(folder, args.hf_repo_id, private=args.private)}")
     return 0
 
 

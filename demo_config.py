@@ -12,8 +12,10 @@ TINY_MODEL = "tiny-python"
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field with the help text of its flag."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "choices": choices})
+    metadata = {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)

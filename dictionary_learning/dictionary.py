@@ -21,6 +21,8 @@ class Dictionary(nn.Module):
     biases: ClassVar[tuple[str, ...]]  # what scales with the activations
     activation_dim: int
     dict_size: int
+    encoder: nn.Linear  # where the class has them; others have W_enc and W_dec
+    decoder: nn.Linear
 
     def encode(self, x_BD: Tensor) -> Tensor:
         raise NotImplementedError
@@ -36,12 +38,12 @@ class Dictionary(nn.Module):
 
     @property
     def encoder_FD(self) -> Tensor:
-        return self.encoder.weight  # pyright: ignore
+        return self.encoder.weight
 
     @property
     def decoder_FD(self) -> Tensor:
         """One row a latent's direction; a view of the parameter."""
-        return self.decoder.weight.T  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        return self.decoder.weight.T
 
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:
@@ -105,8 +107,6 @@ class AutoEncoder(Dictionary):
     """
 
     biases = ("encoder.bias", "bias")
-    encoder: nn.Linear
-    decoder: nn.Linear
 
     def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -135,7 +135,7 @@ class AutoEncoder(Dictionary):
         norm_F = torch.where(norm_F > 0, norm_F, 1)
         self.decoder.weight /= norm_F
         self.encoder.weight *= norm_F[:, None]
-        self.encoder.bias *= norm_F
+        self.encoder.bias.mul_(norm_F)
 
     @classmethod
     def from_pretrained(
@@ -297,7 +297,7 @@ class TopKDictionary(Dictionary):
 
     @property
     def encoder_bias_F(self) -> Tensor:
-        return self.encoder.bias  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return self.encoder.bias
 
     def encode(self, x_BD: Tensor, use_threshold: bool | None = None) -> Tensor:
         """f_BF by the threshold (the default once it is recorded) or, with False, by exact top-k."""

@@ -116,8 +116,8 @@ def _section(
     run_folder: Path, repo_id: str, model: str, run: dict[str, Any], records: list[SAERecord], picture: str
 ) -> str:
     example = _recommended(records)
-    parts = [f"## {run_folder.name}", _table(run_folder, records), EXPLANATION]
-    if example is not None:
+    parts = [f"## {run_folder.name}", *_tables(run_folder, records), EXPLANATION]
+    if example is not None and 0 < example.results.get("l0", 0) <= 100:
         parts.append(
             f"**In doubt, take {_name(run_folder, example)}**: it recovers the most loss of those with at most 100 "
             "active latents a token."
@@ -145,16 +145,23 @@ def _name(run_folder: Path, record: SAERecord) -> str:
     return f"`{record.folder.relative_to(run_folder).as_posix()}`"
 
 
-def _table(run_folder: Path, records: list[SAERecord]) -> str:
-    headings = [heading for heading, _ in COLUMNS.values()]
-    rows = [["SAE", "architecture", "width", "setting", *headings], ["---"] * 2 + ["---:"] * (2 + len(COLUMNS))]
+def _tables(run_folder: Path, records: list[SAERecord]) -> list[str]:
+    """Settings and measurements, a table for each layer's folder."""
+    headings = ["SAE", "architecture", "width", "setting", *(heading for heading, _ in COLUMNS.values())]
+    tables: dict[Path, list[list[str]]] = {}
     for record in records:
         setting = next((f"{key} {record.trainer[key]:g}" for key in SPARSITY_SETTINGS if record.trainer.get(key)), "")
         numbers = [
             format(record.results[key], form) if key in record.results else "–" for key, (_, form) in COLUMNS.items()
         ]
-        rows.append([_name(run_folder, record), record.style.label, f"{record.width:,}", setting, *numbers])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        row = [f"`{record.folder.name}`", record.style.label, f"{record.width:,}", setting, *numbers]
+        tables.setdefault(record.folder.parent, []).append(row)
+    ruler = ["---"] * 2 + ["---:"] * (len(headings) - 2)
+    return [
+        f"`{parent.relative_to(run_folder.parent).as_posix()}`\n\n"
+        + "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, ruler, *rows])
+        for parent, rows in tables.items()
+    ]
 
 
 def _recommended(records: list[SAERecord]) -> SAERecord | None:
@@ -264,7 +271,7 @@ def _tensors(records: list[SAERecord]) -> str:
         ours, theirs = {}, {}
         if (record.folder / "ae.pt").is_file():
             state = torch.load(record.folder / "ae.pt", map_location="meta", mmap=True, weights_only=True)
-            ours = {name: tensor.shape for name, tensor in state.items()}
+            ours = {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
         if (record.folder / "sae_weights.safetensors").is_file():
             with safe_open(record.folder / "sae_weights.safetensors", framework="pt") as file:
                 theirs = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
@@ -279,6 +286,7 @@ def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
         values = {record.trainer[key] for record in records if record.trainer.get(key) is not None}
         return ", ".join(f"{value:,g}" for value in sorted(values))
 
+    command = re.sub(r"^\S*/", "", run.get("command", ""))  # where the program lies is nobody's concern
     facts = {
         "Model": _link(settings["model_name"]) if "model_name" in settings else "",
         "Text": _link(settings["dataset"], "datasets/") if "dataset" in settings else "",
@@ -290,7 +298,7 @@ def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
         "Learning rate": spread("lr"),
         "Seed": spread("seed"),
         "Precision": f"model in {settings['dtype']}, SAEs in {settings.get('autocast')}" if "dtype" in settings else "",
-        "Command": f"`python {re.sub(r'^\S*/', '', run['command'])}`" if "command" in run else "",
+        "Command": f"`python {command}`" if command else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
     }
     known = [f"{name}: {value}" for name, value in facts.items() if value != ""]

@@ -61,7 +61,7 @@ class Events(NamedTuple):
 
     def best(self, per_latent: int) -> "Events":
         """The `per_latent` of highest score of every latent: sorted by latent, then from the highest score down."""
-        order_M = self.score_M.argsort(descending=True)
+        order_M = self.score_M.argsort(descending=True, stable=True)
         order_M = order_M[self.latent_M[order_M].argsort(stable=True)]
         latent_M = self.latent_M[order_M]
         rank_M = torch.arange(len(latent_M), device=latent_M.device) - torch.searchsorted(latent_M, latent_M)
@@ -324,7 +324,7 @@ class Subject(NamedTuple):
         return int(self.config["trainer"]["layer"])
 
     def update(self, lm: LanguageModel, tokens_BL: Tensor, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
-        buffer = self.config["buffer"]
+        buffer = self.config.get("buffer", {})
         bound = {self.layer: buffer["median_norm"] * buffer["max_norm_multiple"]} if buffer.get("median_norm") else None
         keep_BL, _ = position_mask(
             tokens_BL, mask_BL, {self.layer: x_BLD}, lm.bos_id, bound, drop_bos=buffer.get("mask", True)
@@ -339,7 +339,7 @@ class Subject(NamedTuple):
             self.statistics.update(f_bLF, keep_bL, first_context)
             first_context += len(x_bLD)
 
-    def about(self, lm: LanguageModel, dataset: str) -> dict[str, Any]:
+    def about(self, lm: LanguageModel, text: str) -> dict[str, Any]:
         """What the page says of the SAE itself."""
         trainer = self.config["trainer"]
         style = ARCHITECTURE_STYLES.get(trainer["trainer_class"])
@@ -347,7 +347,7 @@ class Subject(NamedTuple):
         setting = next((key for key in ("k", "target_l0", "l1_penalty", "sparsity_penalty") if key in trainer), None)
         name = f"{architecture}, {setting} {trainer[setting]:g}" if setting else architecture
         facts = {"Model": lm.name, "Layer": str(self.layer), "Architecture": architecture}
-        facts |= {"Folder": "/".join(self.folder.absolute().parts[-3:]), "Text": dataset}
+        facts |= {"Folder": "/".join(self.folder.absolute().parts[-3:]), "Text": text}
         results_file = self.folder / "eval_results.json"
         results = read_json(results_file) if results_file.is_file() else {}
         for key, label in RESULTS.items():
@@ -401,7 +401,10 @@ def write_reports(
     saes = []
     for path in find_saes(folder):
         try:
-            saes.append((path, *load_dictionary(path)))
+            ae, config = load_dictionary(path)
+            if not all(weights.isfinite().all() for weights in ae.parameters()):
+                raise ValueError("it has weights that are not finite")
+            saes.append((path, ae, config))
         except (ValueError, OSError) as error:
             warnings.warn(f"no report of {path}: {error}", stacklevel=2)
     if not saes:
@@ -411,15 +414,24 @@ def write_reports(
     if len(names) > 1:
         raise ValueError(f"{folder} holds SAEs of several models ({', '.join(sorted(names))}): name a folder of one")
     [name] = names
+    options: dict[str, Any] = {}
     if dataset is not None:
         text, held_out = dataset, dataset == BUILT_IN
     elif run:
         text, held_out = run["eval_dataset"], run["eval_is_held_out"]
+        chats = {"mixed": "mixed_dataset", "chat_dataset": "chat_dataset"}
+        chats |= {"chat_fraction": "chat_fraction", "chat_pack": "pack_chats"}
+        options = {argument: run[setting] for argument, setting in chats.items()}
     else:
         text, held_out = (BUILT_IN, True) if name in BUILT_IN_MODELS else (EVAL_DATASET, False)
-    dtype = getattr(torch, run.get("dtype", "float32"))
-    lm = load_model(name, device=resolve_device(device), dtype=dtype, revision=run.get("revision"))
-    context_length = max(config["buffer"]["ctx_len"] for _, _, config in saes)
+    lm = load_model(
+        name,
+        device=resolve_device(device),
+        dtype=getattr(torch, run.get("dtype", "float32")),
+        attn_implementation=run.get("attn_implementation"),
+        revision=run.get("revision"),
+    )
+    context_length = max(config.get("buffer", {}).get("ctx_len", 128) for _, _, config in saes)
     batch_size = max(1, TOKENS_AT_A_TIME // context_length)
     batches = open_batches(
         text,
@@ -429,13 +441,14 @@ def write_reports(
         text_column=text_column or run.get("text_column", "text"),
         held_out=held_out or None,  # None: all of it
         prefetch=0,
+        **options,
     )
     n_batches = -(-num_tokens // (batch_size * context_length))
     with tqdm(islice(batches, n_batches), "reading", n_batches) as bar:
         subjects, contexts = gather(lm, saes, bar)
     pages = []
     for subject in tqdm(subjects, "writing"):
-        about = subject.about(lm, text)
+        about = subject.about(lm, f"held-out part of {text}" if held_out else text)
         objects = page_data(subject.statistics, subject.ae, lm, contexts, about)
         page = render(f"{about['name']}: {about['subtitle']}", objects)
         write_atomic(subject.folder / "report.html", page.encode())

@@ -122,7 +122,7 @@ def signals_noted() -> Iterator[list[str]]:
 
 
 def trainSAE(
-    data: Iterator[Tensor] | Iterator[dict[int, Tensor]],
+    data: Iterator[Tensor],
     trainer_configs: Sequence[dict[str, Any]],
     steps: int,
     *,
@@ -145,7 +145,7 @@ def trainSAE(
     """
     folders = [None if save_dir is None else Path(save_dir) / f"trainer_{i}" for i in range(len(trainer_configs))]
     runs = make_runs(trainer_configs, folders, lambda layer: getattr(data, "config", dict)() or {})
-    first: list[Any] = []
+    first: list[Tensor] = []
     norm_factor = 1.0
     if normalize_activations:
         for _, x_BD in zip(range(min(norm_batches, steps)), data, strict=False):
@@ -157,7 +157,8 @@ def trainSAE(
         for x in first:
             yield dict.fromkeys(layers, x)
         for x in data:
-            yield dict.fromkeys(layers, x)  # pyright: ignore
+            assert isinstance(x, Tensor)
+            yield dict.fromkeys(layers, x)
 
     Loop(
         runs,

@@ -47,7 +47,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """All documents as one row of tokens, an eos before each."""
     ids = tokenizer(documents)["input_ids"]
-    eos = tokenizer.eos_token_id
+    eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
     return torch.tensor([token for document in ids for token in [eos, *document]])
 
 
@@ -109,7 +109,9 @@ def main() -> None:
     tokenizer = train_tokenizer(train_documents, args.vocab_size)
     train, held_out = pack(train_documents, tokenizer), pack(held_out_documents, tokenizer)
     held_out_bytes = sum(len(text.encode()) for text in held_out_documents)
-    print(f"{len(train):,} training tokens, {len(held_out):,} held out ({held_out_bytes / len(held_out):.2f} bytes each)")
+    print(
+        f"{len(train):,} training tokens, {len(held_out):,} held out, {held_out_bytes / len(held_out):.2f} bytes each"
+    )
 
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -120,8 +122,8 @@ def main() -> None:
             num_attention_heads=args.n_heads,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=0,  # both are EOS, the first token of the vocabulary
+            eos_token_id=0,
         )
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

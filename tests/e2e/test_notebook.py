@@ -54,7 +54,7 @@ def test_the_notebook_runs_from_top_to_bottom(run_folder, tmp_path, monkeypatch)
     first_code_cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert "RUN_FOLDERS = " in first_code_cell.source
     first_code_cell.source = f"RUN_FOLDERS = [{str(run_folder)!r}]"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert "{'SAEs': 96, 'run folders': 1, 'problems': []}" in [
         output.get("data", {}).get("text/plain") for output in outputs

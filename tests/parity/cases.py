@@ -54,3 +54,5 @@ CASES = {
     ),
 }
 DEAD_AFTER = 6 * B  # tokens
+# these have a second form of the step for sparse features, which must give the same weights
+SPARSE_FORMS = {f"{name}, sparse step": name for name in ("standard", "standard_new", "p_anneal", "gated", "jump_relu")}

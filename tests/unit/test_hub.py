@@ -223,7 +223,7 @@ def test_the_card_says_what_is_there_and_how_good_it_is(run_folder):
     assert (data.base_model, data.datasets, data.license) == (["team/tiny"], ["team/texts"], "mit")
     assert {"sparse-autoencoder", "sae", "mechanistic-interpretability"} <= set(data.tags or [])
     for i, label in enumerate(["Standard", "Gated", "TopK", "BatchTopK", "Matryoshka", "JumpReLU"]):
-        (row,) = re.findall(rf"^\| `resid_post_layer_1/trainer_{i}` \| {label} \|.*$", card, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `trainer_{i}` \| {label} \|.*$", card, re.MULTILINE)
         assert f"| {4.0 + i / 8:.1f} | {0.8 + i / 100:.3f} | 0.700 | 0.250 | 90% |" in row
     assert "In doubt, take `resid_post_layer_1/trainer_5`" in card  # it recovers the most
     assert "](tiny_all/pareto.png)" in card and "demo.py --layers 1" in card and "torch 2.13.0" in card

@@ -239,18 +239,23 @@ def test_reports_of_a_run_folder(tiny_model_folder, text_file, tmp_path):
 def test_the_run_tells_which_model_and_text_it_was_evaluated_on(tiny_model_folder, text_file, tmp_path):
     [folder] = write_saes(tmp_path / "run", Path("a/model/that/moved"), n=1)
     settings = {"model_name": str(tiny_model_folder), "revision": None, "dtype": "float32", "text_column": "text"}
-    settings |= {"eval_dataset": str(text_file), "eval_is_held_out": False}
+    settings |= {"eval_dataset": str(text_file), "eval_is_held_out": False, "mixed_dataset": False}
+    settings |= {"chat_dataset": "none", "chat_fraction": 0.1, "pack_chats": False}
     (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
     [page] = write_reports(folder, num_tokens=200, device="cpu")
     assert ["Text", str(text_file)] in Page(page.read_text()).objects()["index"]["facts"]
 
 
-def test_a_broken_sae_is_warned_about_and_stops_no_other(tiny_model_folder, text_file, tmp_path):
-    first, second = write_saes(tmp_path / "run", tiny_model_folder)
+def test_broken_saes_are_warned_about_and_stop_no_other(tiny_model_folder, text_file, tmp_path):
+    first, second, third = write_saes(tmp_path / "run", tiny_model_folder, n=3)
     (first / "ae.pt").write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="no report of .*trainer_0"):
+    state = torch.load(third / "ae.pt", weights_only=True)
+    torch.save(state | {"b_dec": torch.full((D,), torch.nan)}, third / "ae.pt")
+    with pytest.warns(UserWarning) as warnings:
         [page] = write_reports(tmp_path / "run", dataset=str(text_file), num_tokens=200, device="cpu")
     assert page == second / "report.html"
+    sentences = [str(warning.message) for warning in warnings]
+    assert len(sentences) == 2 and str(first) in sentences[0] and "not finite" in sentences[1]
 
 
 def test_what_a_user_gets_wrong_is_one_sentence(tiny_model_folder, text_file, tmp_path, capsys):
