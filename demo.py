@@ -285,6 +285,17 @@ def needs(plan: Plan) -> Needs:
     )
 
 
+def memory(plan: Plan) -> dict[str, int]:
+    """Bytes of memory by what takes them."""
+    need = needs(plan)
+    return {
+        "language model": need.llm,
+        "activation buffer": need.buffer,
+        "SAEs and optimisers": need.saes,
+        "one training step, at most": need.step,
+    }
+
+
 def checkpoint_steps(plan: Plan) -> list[int]:
     """0 and six log-spaced steps up to a third of the run."""
     import torch
@@ -294,13 +305,7 @@ def checkpoint_steps(plan: Plan) -> list[int]:
 
 
 def print_plan(plan: Plan) -> None:
-    sweep, schedule, need = plan.sweep, plan.schedule, needs(plan)
-    sizes = {
-        "language model": need.llm,
-        "activation buffer": need.buffer,
-        "SAEs and optimisers": need.saes,
-        "one training step, at most": need.step,
-    }
+    sweep, schedule = plan.sweep, plan.schedule
     scaled = [f"{name} {asked:g} -> {used:g}" for name, (asked, used) in schedule.scaled.items()]
     lines = [
         f"{plan.model_name}: layers {', '.join(map(str, plan.layers))} of {plan.n_layers}, "
@@ -311,8 +316,8 @@ def print_plan(plan: Plan) -> None:
         f"text: {plan.dataset}{' + ' + sweep.chat_dataset if plan.args.mixed_dataset else ''}; "
         f"evaluation: {'held-out part of ' if plan.held_out else ''}{plan.eval_dataset}",
         *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
-        "memory: " + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
-        f"disk: {_size(need.disk)} in {plan.folder}",
+        "memory: " + ", ".join(f"{name} {_size(size)}" for name, size in memory(plan).items()),
+        f"disk: {_size(needs(plan).disk)} in {plan.folder}",
     ]
     print("\n".join(lines))
 
@@ -453,10 +458,10 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
         buffer.load_state_dict(state["buffer"])
     norm_factors = buffer.norm_factors
     runs = make_runs(plan.configs, plan.sae_folders, buffer.config)
-    started = time.monotonic()
+    started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:
-        spent = dict(buffer.seconds)
+        spent = {name: seconds - before[name] for name, seconds in buffer.seconds.items()}
         return {**spent, "SAE": time.monotonic() - started - sum(spent.values())}
 
     def save(loop_state: dict[str, Any]) -> None:
@@ -482,6 +487,12 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
         print(f"resumed at step {loop.step:,} of {loop.steps:,}")
     try:
         loop.train()
+    except torch.OutOfMemoryError as error:
+        sizes = ", ".join(f"{name} {_size(size)}" for name, size in memory(plan).items())
+        raise ValueError(
+            f"{plan.device} is out of memory. It has to hold: {sizes}. Train fewer SAEs at a time (--architectures, "
+            "--dictionary_widths, --target_l0s), or lower --sae_batch_size or --buffer_tokens."
+        ) from error
     finally:
         text.close()
     finish_training(plan, buffer, loop, tracker.ids, time.monotonic() - started)

@@ -144,7 +144,8 @@ def trainSAE(
     Raises TextEndedError, a ValueError, when the data end before `steps`.
     """
     folders = [None if save_dir is None else Path(save_dir) / f"trainer_{i}" for i in range(len(trainer_configs))]
-    runs = make_runs(trainer_configs, folders, lambda layer: getattr(data, "config", dict)() or {})
+    buffer_config = getattr(data, "config", {})
+    runs = make_runs(trainer_configs, folders, lambda layer: buffer_config)
     first: list[Tensor] = []
     norm_factor = 1.0
     if normalize_activations:

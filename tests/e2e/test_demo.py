@@ -208,6 +208,47 @@ def test_a_sae_that_blows_up_stops_alone(run, tmp_path, capsys):
     assert len(read_jsonl(fine / "metrics.jsonl")) > len(read_jsonl(broken / "metrics.jsonl"))
 
 
+def test_out_of_memory_in_a_step_says_what_takes_it_and_which_flags_shrink_it(run, monkeypatch, capsys):
+    def update(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("dictionary_learning.trainers.TopKTrainer.update", update)
+    assert run("--architectures", "top_k") == 2
+    error = capsys.readouterr().err
+    assert "activation buffer" in error and "--sae_batch_size" in error
+
+
+def test_text_that_breaks_off_is_saved_and_resumed(run, tmp_path, monkeypatch, capsys):
+    from dictionary_learning.data import FileRows
+
+    flags = ("--architectures", "batch_top_k", "--no_eval", "--num_tokens", 20000, "--epochs", 4)
+    monkeypatch.setattr("dictionary_learning.data.CHUNK_CHARACTERS", 1000)
+    assert run("--save_dir", tmp_path / "straight", *flags) == 0
+    read, rows = FileRows.__next__, iter(range(60))
+
+    def break_off(self):
+        if next(rows, None) is None:
+            raise ConnectionError("the network is gone")
+        return read(self)
+
+    monkeypatch.setattr(FileRows, "__next__", break_off)
+    assert run("--save_dir", tmp_path / "broken", *flags) == 75
+    error = capsys.readouterr().err
+    assert "the network is gone" in error and "--resume" in error
+    monkeypatch.setattr(FileRows, "__next__", read)
+    assert run("--save_dir", tmp_path / "broken", *flags, "--resume") == 0
+    (one,), (other,) = find_saes(tmp_path / "straight"), find_saes(tmp_path / "broken")
+    assert_same_weights(one, other)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_training(run, tmp_path, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("demo.shutil.disk_usage", lambda _: usage)
+    assert run("--architectures", "top_k") == 2
+    assert "free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -14,7 +14,7 @@ import torch
 
 from dictionary_learning.checkpoint import save_sae
 from dictionary_learning.dictionary import AutoEncoderTopK
-from dictionary_learning.report import write_reports
+from dictionary_learning.report import render, write_reports
 
 pytestmark = pytest.mark.browser
 
@@ -40,16 +40,32 @@ def page(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hostile_page(tmp_path_factory, tiny_model_folder) -> Path:
+def hostile_text_page(tmp_path_factory, tiny_model_folder) -> Path:
+    """A page of text that is markup; the tokenizer cuts it into bytes."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"{HOSTILE} {i}"}) + "\n" for i in range(8)))
     return write_report(folder / "sae", str(tiny_model_folder), 16, 32, dataset=str(folder / "text.jsonl"))
 
 
+@pytest.fixture(scope="module")
+def hostile_tokens_page(hostile_text_page) -> Path:
+    """The same page with markup for every token, name and fact."""
+    objects = read_objects(hostile_text_page)
+    n_tokens, n_facts = len(objects["index"]["vocabulary"]), len(objects["index"]["facts"])
+    objects["index"] |= {"name": HOSTILE, "subtitle": HOSTILE, "facts": [[HOSTILE, HOSTILE]] * n_facts}
+    objects["index"] |= {"vocabulary": [HOSTILE] * n_tokens}
+    page = hostile_text_page.with_name("tokens.html")
+    page.write_text(render(HOSTILE, objects))
+    return page
+
+
+def read_objects(page: Path) -> dict:
+    scripts = re.findall(r'<script type="application/gzip" id="([^"]*)">([^<]*)<', page.read_text())
+    return {name: json.loads(gzip.decompress(base64.b64decode(packed))) for name, packed in scripts}
+
+
 def read_index(page: Path) -> dict:
-    packed = re.search(r'id="index">([^<]*)<', page.read_text())
-    assert packed
-    return json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    return read_objects(page)["index"]
 
 
 class Browser:
@@ -182,9 +198,8 @@ def test_a_latent_shows_its_contexts_tokens_and_neighbours(browser, page):
     assert browser.wait("section h2", "Strongest")
     peak = browser.wait(".example .peak")
     assert float(peak.get_attribute("title").replace(",", "")) == pytest.approx(index["max"][latent], rel=0.01)
-    style = (
-        "[...document.querySelectorAll('.example span[style]')].map((s) => s.style.getPropertyValue('--heat-share'))"
-    )
+    spans = "[...document.querySelectorAll('.example span[style]')]"
+    style = f"{spans}.map((span) => span.style.getPropertyValue('--heat-share'))"
     shares = [float(share.rstrip("%")) for share in browser.driver.execute_script(f"return {style}")]
     assert max(shares) == 90 and min(shares) > 10  # full shading at the peak, some on every active token
 
@@ -220,16 +235,29 @@ def test_on_a_narrow_screen_the_list_gives_way_to_the_latent_and_comes_back(brow
     assert browser.wait("#side") and not browser.all("#main")[0].is_displayed()
 
 
-def test_markup_in_the_text_is_text(browser, hostile_page):
-    browser.open(hostile_page)
-    texts = ""
-    for latent in range(32):
-        browser.driver.execute_script(f"location.hash = '#{latent}'")
-        browser.wait("h1", f"Latent {latent}")
+@pytest.mark.parametrize("which", ["hostile_text_page", "hostile_tokens_page"])
+def test_markup_in_the_text_is_text(browser, request, which):
+    browser.open(request.getfixturevalue(which))
+    texts = browser.wait("#side").get_property("textContent")
+    for latent in [None, *range(6)]:
+        browser.driver.execute_script(f"location.hash = '{'' if latent is None else latent}'")
+        browser.wait("h1", "" if latent is None else f"Latent {latent}")
         for example in browser.all(".example"):
             browser.driver.execute_script("arguments[0].click()", example)
         texts += browser.wait("#main").get_property("textContent")
+        assert browser.all("img") == [] and len(browser.all("script:not([type])")) == 1
+        assert "bold" not in [bold.text for bold in browser.all("b")]
     assert HOSTILE in texts
     assert browser.driver.execute_script("return window.hacked") is None
-    assert browser.all("img") == [] and browser.all("#main b b, .text b") == []
     assert browser.driver.get_log("browser") == []
+
+
+def test_even_markup_that_got_in_could_run_nothing(browser, page):
+    browser.open(page)
+    image = "<img src=x onerror='window.hacked = 3'>"
+    browser.driver.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", image)
+    end, console = time.monotonic() + 30, ""
+    while "event handler" not in console and time.monotonic() < end:
+        console += "".join(entry["message"] for entry in browser.driver.get_log("browser"))
+    assert "Content Security Policy" in console
+    assert browser.driver.execute_script("return window.hacked") is None

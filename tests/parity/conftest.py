@@ -66,7 +66,7 @@ def cases() -> dict[str, dict]:
 @pytest.fixture(scope="session")
 def ours(cases, batches_SBD, tmp_path_factory) -> SimpleNamespace:
     """records: of training, by architecture or sparse form; folder: the SAEs by architecture, and an AutoEncoderNew."""
-    folder, records = tmp_path_factory.mktemp("ours"), {}
+    folder, records, threads = tmp_path_factory.mktemp("ours"), {}, torch.get_num_threads()
     for name, case in cases.items():
         trainer, records[name] = side.train(case, batches_SBD)
         trainer.ae.scale_biases(NORM_FACTOR)
@@ -77,6 +77,7 @@ def ours(cases, batches_SBD, tmp_path_factory) -> SimpleNamespace:
         for form, name in SPARSE_FORMS.items():
             trainer, records[form] = side.train(cases[name], batches_SBD)
             assert trainer.sparse
+    torch.set_num_threads(threads)
     new_config = {"trainer": {"dict_class": "AutoEncoderNew", "activation_dim": D, "dict_size": F}, "buffer": BUFFER}
     save_sae(folder / "AutoEncoderNew", AutoEncoderNew(D, F), new_config)
     return SimpleNamespace(records=records, folder=folder)

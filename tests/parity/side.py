@@ -29,6 +29,7 @@ def train(case: dict, batches_SBD: torch.Tensor) -> tuple:
     record: initial and final state dict of the SAE, config, and of every step what the trainer counted.
     """
     trainers = importlib.import_module(f"dictionary_learning.trainers.{case['module']}")
+    torch.set_num_threads(1)  # for so small tensors, threads only wait for each other
     torch.manual_seed(case["settings"]["seed"])  # the reference's JumpReLU seeds nothing itself
     trainer = getattr(trainers, case["trainer"])(**case["settings"])
     trainer.dead_feature_threshold = case["dead_feature_threshold"]
