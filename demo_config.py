@@ -232,6 +232,12 @@ def get_schedule(sweep: Sweep) -> Schedule:
     )
 
 
+def _whole(k: float) -> int:
+    if k != int(k):
+        raise ValueError(f"--target_l0s must be whole numbers for the top-k family, got {k}.")
+    return int(k)
+
+
 def get_trainer_configs(
     sweep: Sweep, architectures: list[str], model_name: str, layer: int, activation_dim: int, device: str
 ) -> list[dict[str, Any]]:
@@ -258,7 +264,7 @@ def get_trainer_configs(
                                 "dict_size": width,
                                 "seed": seed,
                                 "lr": lr,
-                                row.varies: int(value) if row.varies == "k" else value,
+                                row.varies: _whole(value) if row.varies == "k" else value,
                                 "device": device,
                                 "layer": layer,
                                 "lm_name": model_name,

@@ -166,7 +166,6 @@ class SAETrainer(nn.Module):
         if step == 0:
             self.initialize(x_BD)
         out = self.loss(x_BD, step)
-        self.optimizer.zero_grad()
         out.loss.backward()
         with torch.autocast(self.device.type, enabled=False):
             decoder = self._decoder_parameter()
@@ -183,6 +182,7 @@ class SAETrainer(nn.Module):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(step)
             self.optimizer.step()
+            self.optimizer.zero_grad()  # now, so that only one SAE at a time has gradients
             self.num_tokens_since_fired.copy_(self.silent_tokens(out.fired_F, len(x_BD)))
             self.tokens_seen += len(x_BD)
             self.after_step(step, out)
