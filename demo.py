@@ -683,7 +683,7 @@ def carry_out(plan: Plan) -> int:
     if args.report:
         from dictionary_learning.report import write_reports
 
-        write_reports(plan.folder)
+        write_reports(plan.folder, device=plan.device)
     return upload(args, plan.folder) if args.hf_repo_id else 0
 
 
@@ -701,7 +701,8 @@ def evaluate_only(plan: Plan) -> int:
 def plot(folder: Path) -> None:
     from dictionary_learning.plotting import plot_pareto
 
-    plot_pareto([folder], folder / "pareto.png")
+    for problem in plot_pareto([folder], folder / "pareto.png"):
+        print(problem, file=sys.stderr)
     print(f"plot: {folder / 'pareto.png'}")
 
 

@@ -43,10 +43,13 @@ def write_atomic(path: str | Path, content: bytes | Callable[[Path], object]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")  # one name a file, so that what a kill left is overwritten
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         if isinstance(content, bytes):
             tmp.write_bytes(content)
         else:
             content(tmp)
+            tmp.chmod(mode)  # safetensors makes files that only their owner can read
         _sync(tmp)
         os.replace(tmp, path)
         _sync(path.parent)

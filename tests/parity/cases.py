@@ -28,7 +28,7 @@ ANNEAL = {
     "p_start": 1.0,
     "p_end": 0.5,
     "n_sparsity_updates": 10,
-    "sparsity_queue_length": 5,
+    "sparsity_queue_length": 12,  # longer than from one event to the next
 }
 # name of the architecture: (module, trainer, what it has beyond the common settings)
 CASES = {
