@@ -171,13 +171,14 @@ def save_weights(path: str | Path, ae: Dictionary) -> None:
 def save_sae(folder: str | Path, ae: Dictionary, config: dict[str, Any]) -> None:
     """Write an SAE that takes raw activations, in both formats.  `ae.pt` comes last: with it the folder is an SAE.
 
-    config: {"trainer": ..., "buffer": ...}, which becomes config.json.  ValueError, and nothing written, for a
-    BatchTopK or Matryoshka SAE whose threshold is not set.
+    config: {"trainer": ..., "buffer": ...}, which becomes config.json.  A BatchTopK or Matryoshka SAE that stopped
+    before its threshold was set has no form in SAELens, and gets the first format only.
     """
     folder = Path(folder)
-    cfg, tensors = to_saelens(ae, config)
-    _write_safetensors(folder / SAELENS[1], tensors)
-    write_json(folder / SAELENS[0], cfg)
+    if _has_saelens_form(ae):
+        cfg, tensors = to_saelens(ae, config)
+        _write_safetensors(folder / SAELENS[1], tensors)
+        write_json(folder / SAELENS[0], cfg)
     write_json(folder / OURS[0], config)
     save_weights(folder / OURS[1], ae)
 
@@ -313,21 +314,27 @@ _CLASSES = {
 }
 
 
+def _has_saelens_form(ae: Dictionary) -> bool:
+    """A jumprelu needs its threshold, which the top-k family sets in training."""
+    is_jumprelu = _FORMATS[type(ae).__name__].architecture == "jumprelu"
+    return not (is_jumprelu and isinstance(ae, TopKDictionary) and bool(ae.threshold < 0))
+
+
 def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(cfg.json, tensors) with which SAELens computes the same features and reconstructions.
 
     The hook has TransformerLens's name, for that is how SAELens loads models unless told otherwise.
     """
+    if not _has_saelens_form(ae):
+        raise ValueError(
+            f"the threshold of this {type(ae).__name__} is not set: train past threshold_start_step before exporting."
+        )
     trainer, buffer = config["trainer"], config.get("buffer", {})
     form = _FORMATS[type(ae).__name__]
     state = _unit_norm(copy.deepcopy(ae)).state_dict()
     tensors = {theirs: state[ours].detach().cpu() for theirs, ours in form.names.items()}
     tensors = {theirs: _turned(form.names[theirs], tensor).contiguous() for theirs, tensor in tensors.items()}
-    if isinstance(ae, TopKDictionary) and "threshold" in tensors:
-        if ae.threshold < 0:
-            raise ValueError(
-                f"the threshold of this {type(ae).__name__} is not set: train past threshold_start_step before saving."
-            )
+    if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(ae.dict_size).contiguous()
     cfg = {
         "architecture": form.architecture,
@@ -347,6 +354,7 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
             "hook_head_index": None,
             "context_size": buffer.get("ctx_len"),
             "prepend_bos": True,
+            "exclude_special_tokens": bool(buffer.get("mask", False)),
             "dataset_path": buffer.get("dataset"),
             "training_architecture": form.trained_as,
             "training_architecture_details": _finite(trainer),

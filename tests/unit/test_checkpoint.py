@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import mutations
 
 from dictionary_learning import checkpoint
 from dictionary_learning.checkpoint import (
@@ -136,12 +137,15 @@ def test_relu_saes_come_with_a_unit_norm_decoder_and_the_same_function(tmp_path,
         (tmp_path / "ae.pt").unlink(missing_ok=True)
 
 
-def test_an_unset_threshold_is_refused_and_nothing_is_written(tmp_path):
-    ae = make_sae("BatchTopKSAE")
+@pytest.mark.parametrize("name", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_without_a_threshold_there_is_no_saelens_form(name, tmp_path):
+    ae = make_sae(name)
     ae.threshold.fill_(-1)
-    with pytest.raises(ValueError, match="threshold of this BatchTopKSAE is not set"):
-        save_sae(tmp_path / "sae", ae, config_of(ae))
-    assert not (tmp_path / "sae").exists()
+    with pytest.raises(ValueError, match=f"threshold of this {name} is not set"):
+        to_saelens(ae, config_of(ae))
+    save_sae(tmp_path, ae, config_of(ae))
+    assert {path.name for path in tmp_path.iterdir()} == {*checkpoint.OURS}
+    assert torch.equal(load_dictionary(tmp_path)[0].decoder_FD, ae.decoder_FD)
 
 
 def test_saved_weights_are_plain_contiguous_cpu_tensors(ae, tmp_path):
@@ -308,22 +312,6 @@ def test_an_unfinished_folder_and_a_file_are_told(tmp_path):
         load_dictionary(tmp_path)
     with pytest.raises(ValueError, match="not the folder of a trained SAE"):
         load_dictionary(tmp_path / "config.json")
-
-
-def mutations(content: bytes, rng: random.Random):
-    """The file cut short, grown, and with single bits and whole pages changed."""
-    for _ in range(6):
-        yield content[: rng.randrange(len(content))]
-    yield b""
-    yield content + b"more"
-    yield bytes(len(content))
-    for _ in range(25):
-        damaged = bytearray(content)
-        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        yield bytes(damaged)
-    for _ in range(5):
-        start = rng.randrange(len(content))
-        yield content[:start] + bytes(min(512, len(content) - start)) + content[start + 512 :]
 
 
 @pytest.mark.parametrize("name", [*checkpoint.OURS, *checkpoint.SAELENS])

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import mutations
 
 from dictionary_learning import data
 from dictionary_learning.data import (
@@ -678,3 +680,19 @@ def test_file_rows_skip_what_was_read():
     assert list(again) == [("b", 1), ("b", 2)] and opened[-1] == ("b", 1)
     with pytest.raises(ValueError, match="had 2 files when this state was saved, now 3"):
         FileRows("abc", read).load_state_dict(rows.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.zst", "jsonl.gz", "parquet", "save_to_disk"])
+def test_a_damaged_dataset_is_one_sentence_or_read(kind, tmp_path):
+    """What is read of a damaged file is text; what is not is one sentence with its name."""
+    path = write_dataset(kind, tmp_path)
+    file = path if path.is_file() else next(path.glob("*.arrow"))
+    content, n_told = file.read_bytes(), 0
+    for damaged in mutations(content, random.Random(0)):
+        file.write_bytes(damaged)
+        try:
+            assert all(isinstance(text, str) and text.strip() for text in open_documents(str(path)))
+        except ValueError as error:
+            n_told += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert n_told >= 1
