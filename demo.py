@@ -341,6 +341,29 @@ def check_disk(plan: Plan) -> None:
         raise ValueError(f"{parent} cannot be written to: choose another --save_dir.")
 
 
+def check_text(plan: Plan) -> None:
+    """Where it can be known soon: is there text enough for the tokens asked?"""
+    from dictionary_learning.data import estimate_tokens, open_documents
+    from dictionary_learning.model import load_tokenizer
+
+    sweep, args = plan.sweep, plan.args
+    documents = open_documents(
+        plan.dataset,
+        text_column=sweep.text_column,
+        split=sweep.split,
+        subset=sweep.subset,
+        held_out=False if plan.held_out else None,
+        epochs=sweep.epochs,
+    )
+    tokens = estimate_tokens(documents, load_tokenizer(plan.model_name, args.revision, args.trust_remote_code))
+    asked = sweep.num_tokens * (1 - sweep.chat_fraction if args.mixed_dataset else 1)
+    if tokens is not None and tokens < 0.9 * asked:  # near the limit, training will tell
+        raise ValueError(
+            f"{plan.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
+            f"for {round(asked):,}: give more text, ask for fewer with --num_tokens, or read it again with --epochs."
+        )
+
+
 # -- the run
 
 
@@ -647,6 +670,7 @@ def run(args: argparse.Namespace) -> int:
         return evaluate_only(plan)
     print_plan(plan)
     check_disk(plan)
+    check_text(plan)
     if args.dry_run:
         return 0
     if args.hf_repo_id:

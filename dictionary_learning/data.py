@@ -448,6 +448,24 @@ def open_documents(
     return documents
 
 
+def estimate_tokens(documents: Documents, tokenizer: Any, seconds: float = 10.0) -> int | None:
+    """About how many tokens all the documents have: their characters, and a sample's tokens a character.
+
+    None for a stream from the Hub, and where reading takes longer than that: there is no quick answer.
+    """
+    if isinstance(documents.rows, HubRows):
+        return None
+    deadline, n_characters, sample = time.monotonic() + seconds, 0, []
+    for document in documents:
+        if n_characters < CHUNK_CHARACTERS:
+            sample.append(document[:CHUNK_CHARACTERS])
+        n_characters += len(document)
+        if time.monotonic() > deadline:
+            return None
+    n_tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    return round(n_characters * n_tokens / sum(map(len, sample)))
+
+
 # Contexts
 
 

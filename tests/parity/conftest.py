@@ -105,7 +105,7 @@ def reference(request, cases, batches_SBD, x_BD, ours, tmp_path_factory) -> Simp
     command = [sys.executable, side.__file__, package, exchange / "request.pt", exchange / "answer.pt"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    answer = torch.load(exchange / "answer.pt", weights_only=False)  # written a moment ago by this suite
+    answer = torch.load(exchange / "answer.pt")
     return SimpleNamespace(name=request.param, folder=exchange / "saes", **answer)
 
 

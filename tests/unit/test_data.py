@@ -382,6 +382,12 @@ def test_a_hub_dataset_is_opened_with_its_split_subset_and_revision(monkeypatch,
     assert asked == [(("user/set", "en"), {"split": "test", "streaming": True, "revision": "abc"})]
 
 
+def test_tokens_are_estimated(tmp_path, tokenizer):
+    documents = open_documents(str(write_dataset("jsonl", tmp_path)), epochs=3)
+    exact = 3 * sum(len(ids) for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"])
+    assert abs(data.estimate_tokens(documents, tokenizer) / exact - 1) < 0.01
+
+
 # Contexts
 
 
