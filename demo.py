@@ -480,7 +480,7 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
     if state is not None:
         buffer.load_state_dict(state["buffer"])
     norm_factors = buffer.norm_factors
-    runs = make_runs(plan.configs, plan.sae_folders, buffer.config)
+    runs = make_runs(plan.configs, plan.sae_folders, lambda layer: {**buffer.config(layer), "dataset": plan.dataset})
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:

@@ -79,13 +79,13 @@ LLM_CONFIG: dict[str, dict[str, Any]] = {
         llm_batch_size=32,
         sae_batch_size=512,
         buffer_tokens=51_200,
-        num_tokens=1_000_000,
+        num_tokens=600_000,
         dictionary_widths=[1024],
         learning_rates=[1e-3],
         target_l0s=[16, 32, 64],
-        standard_penalties=[0.08, 0.16, 0.32],
-        p_anneal_penalties=[0.04, 0.08, 0.16],
-        gated_penalties=[0.1, 0.2, 0.4],
+        standard_penalties=[0.08, 0.14, 0.24],
+        p_anneal_penalties=[0.03, 0.06, 0.12],
+        gated_penalties=[0.1, 0.18, 0.3],
         log_steps=50,
         eval_num_inputs=128,
     ),
@@ -97,7 +97,7 @@ LLM_CONFIG: dict[str, dict[str, Any]] = {
 }
 
 # What a bare `python demo.py` runs, and every run in which these are not given.
-DEFAULT_ARCHITECTURES = ["top_k", "batch_top_k", "matryoshka_batch_top_k"]
+DEFAULT_ARCHITECTURES = ["top_k", "batch_top_k"]
 DEFAULT_LAYERS = {TINY_MODEL: [2]}
 DEFAULT_DATASET = ("HuggingFaceFW/fineweb", "monology/pile-uncopyrighted")  # of Hub models: training, evaluation
 

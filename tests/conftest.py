@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tensors are tiny, and workers run side by side
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
