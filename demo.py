@@ -39,8 +39,8 @@ examples:
   python demo.py --model_name ./my-finetune --layers 12 --dataset ./texts --text_column body --epochs 2
       any causal LM and any text, from the Hub or the disk
 
-exit codes: 0 done, 2 something to mend in the command or its surroundings, {INTERRUPTED} stopped by a signal and
-resumable with --resume.
+exit codes: 0 done, 2 something to mend in the command or its surroundings, {INTERRUPTED} stopped after a saved state
+(by a signal, or for want of text) and resumable with --resume, 130 stopped at once by a second Ctrl-C.
 """
 
 
@@ -410,7 +410,7 @@ def prepare_folder(plan: Plan) -> dict[str, Any] | None:
         raise ValueError(f"there is no run to resume in {plan.folder}.")
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise ValueError(f"{plan.folder} exists and holds other things: choose another --save_dir.")
-    if state is None:
+    if not record.exists():
         write_json(
             record,
             {
@@ -660,6 +660,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; --resume continues from the last saved state", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:

@@ -210,6 +210,9 @@ class Loop:
     def train(self) -> None:
         """Run to the end and write every SAE.  Raises TextEndedError, Interrupted."""
         last_backup = time.monotonic()
+        for run in self.runs:
+            if self.step == 0 and run.metrics_file is not None:
+                run.metrics_file.unlink(missing_ok=True)  # of a run that was killed before its first state
         bar = tqdm(total=None, unit="tok", unit_scale=True, desc="training", disable=not self.show_progress)
         bar.total, bar.n = self._total_tokens(), self.tokens
         with signals_noted() as signals, bar:

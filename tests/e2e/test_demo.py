@@ -156,6 +156,32 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bits(command, tmp_path):
         assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
 
+def test_resume_before_the_first_state_starts_anew_and_after_the_last_step_trains_nothing(run, tmp_path, monkeypatch):
+    from dictionary_learning.training import Loop
+
+    update, flags = Loop._update_all, ("--architectures", "top_k", "--log_steps", 3)
+    assert run("--save_dir", tmp_path / "straight", *flags) == 0
+
+    def die(self, x_by_layer):
+        if self.step == 12:
+            raise RuntimeError("killed")
+        update(self, x_by_layer)
+
+    monkeypatch.setattr(Loop, "_update_all", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("--save_dir", tmp_path / "killed", *flags)
+    monkeypatch.setattr(Loop, "_update_all", update)
+    assert run("--save_dir", tmp_path / "killed", *flags, "--resume") == 0
+    (one,), (other,) = find_saes(tmp_path / "straight"), find_saes(tmp_path / "killed")
+    assert_same_weights(one, other)
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+    monkeypatch.setattr("demo.train", lambda *_: pytest.fail("it is trained already"))
+    (other / "eval_results.json").unlink()
+    assert run("--save_dir", tmp_path / "killed", *flags, "--resume") == 0
+    assert (other / "eval_results.json").exists()
+
+
 def test_resume_refuses_other_settings_and_says_which(run, tmp_path, capsys):
     assert run("--architectures", "top_k", "--no_eval") == 0
     assert run("--architectures", "top_k", "--no_eval", "--resume", "--learning_rates", 0.1) == 2
