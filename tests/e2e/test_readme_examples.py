@@ -45,3 +45,23 @@ def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     assert not torch.equal(session["logits"], session["through_sae"])
     assert session["before"] != session["after"], "steering has to change what the model writes"
     assert not session["lm"].layers[session["layer"]]._forward_hooks, "and must be gone afterwards"
+
+
+def test_an_architecture_is_added_as_the_readme_says(run, tmp_path, monkeypatch):
+    """Its trainer and its row, as they stand in README, train and are evaluated like any other."""
+    import demo_config
+    from dictionary_learning import trainers
+
+    (block,) = re.findall(r"^```python\n(class .*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    monkeypatch.setattr(demo_config, "ARCHITECTURES", rows := dict(demo_config.ARCHITECTURES))
+    monkeypatch.setattr("demo.ARCHITECTURES", rows)
+    names = {
+        "StandardTrainer": trainers.StandardTrainer,
+        "ARCHITECTURES": rows,
+        "Architecture": demo_config.Architecture,
+    }
+    exec(compile(block, "README.md", "exec"), names)
+    monkeypatch.setattr(trainers, "SquaredPenaltyTrainer", names["SquaredPenaltyTrainer"], raising=False)
+    assert run("--architectures", "squared") == 0
+    (results,) = tmp_path.rglob("eval_results.json")
+    assert '"frac_recovered"' in results.read_text()
