@@ -553,6 +553,7 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], se
             "seconds_saving_state": round(loop.seconds_in_state, 2),
             "norm_factors": loop.norm_factors,
             "positions": dict(buffer.counts),
+            "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
             "wandb_ids": wandb_ids,
         },
     )
