@@ -580,6 +580,10 @@ def evaluate(plan: Plan, folders: list[Path]) -> "dict[Path, Evaluation]":
         except (ValueError, OSError) as error:
             broken.append(f"{folder}: {error}")
             continue
+        trained_on = str(config["trainer"].get("lm_name"))
+        if Path(trained_on).name != Path(plan.model_name).name:
+            broken.append(f"{folder}: it was trained on {trained_on}: give --model_name {trained_on}")
+            continue
         layer = int(config["trainer"]["layer"])
         saes.append((str(folder), ae, layer))
         if config["buffer"].get("median_norm"):

@@ -253,6 +253,8 @@ class Loop:
         try:
             return next(self.batches)
         except ConnectionError as error:
+            if self.save_state is None:
+                raise
             self._backup()
             raise Interrupted(f"{error}; saved after step {self.step} of {self.steps}") from error
         except StopIteration:

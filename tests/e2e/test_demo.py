@@ -224,6 +224,13 @@ def test_evaluation_alone_and_a_broken_folder_beside(run, tmp_path, capsys):
     assert not (first / "eval_results.json").exists() and (second / "eval_results.json").exists()
 
 
+def test_an_sae_is_not_evaluated_on_another_model(run, tmp_path, capsys):
+    assert run("--architectures", "top_k", "--no_eval") == 0
+    (path,) = find_saes(tmp_path)
+    assert run("--model_name", "tiny-python", "--eval_only", path) == 2
+    assert "it was trained on" in capsys.readouterr().err and not (path / "eval_results.json").exists()
+
+
 def test_a_sae_that_blows_up_stops_alone(run, tmp_path, capsys):
     code = run("--architectures", "standard", "top_k", "--standard_penalties", "1e38", 0.05, "--log_steps", 5)
     assert code == 0
