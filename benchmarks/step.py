@@ -221,6 +221,8 @@ class Contestant:
         elif where is not None:
             python = where
         environment = {**os.environ, "PYTHONPATH": str(path) if name in ("ours", "reference") else ""}
+        if name == "ours":
+            environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as demo.py sets it
         command = [python, __file__, "--contestant", name, *arguments]
         self.name = name
         self.process = subprocess.Popen(

@@ -42,4 +42,4 @@ class BatchTopKTrainer(TopKTrainer):
     def after_step(self, step: int, out: LossOutput) -> None:
         super().after_step(step, out)
         least = self.smallest_active(out)
-        self.guess = torch.where(least.isfinite(), 0.9 * least, 0)
+        self.guess = torch.where(least.isfinite(), 0.95 * least, 0)

@@ -118,10 +118,9 @@ class StandardTrainer(ReLUTrainer):
         ae.encoder_FD[dead_n] = direction_nD * alive_norm * 0.2
         ae.decoder_FD[dead_n] = direction_nD / direction_nD.norm(dim=1, keepdim=True).clamp(min=1e-12)
         ae.encoder.bias[dead_n] = 0  # pyright: ignore
-        for parameter, rows in ((ae.encoder.weight, 0), (ae.encoder.bias, 0), (ae.decoder.weight, 1)):  # pyright: ignore
-            moments = self.optimizer.state[parameter]  # pyright: ignore
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name].index_fill_(rows, dead_n, 0)
+        for name in ("encoder.weight", "encoder.bias", "decoder.weight"):
+            for moment in self.optimizer.moments(name):
+                moment[dead_n] = 0
 
 
 class StandardTrainerAprilUpdate(ReLUTrainer):

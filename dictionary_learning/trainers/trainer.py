@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..dictionary import Dictionary
 from ..kernels import Features
+from .optimizer import ConstrainedAdam, UnitNorm
 
 
 @dataclass(kw_only=True)
@@ -89,25 +90,6 @@ class LossOutput(NamedTuple):
         return torch.count_nonzero(self.f.values) / len(self.x_hat_BD)
 
 
-@dataclass(frozen=True)
-class UnitNorm:
-    """Keeps decoder rows at unit norm: gradients are made orthogonal to them, and norms restored after the step."""
-
-    projection_eps: float
-    renorm_eps: float
-
-    @torch.no_grad()
-    def project(self, grad_FD: Tensor, weight_FD: Tensor) -> None:
-        norm_F = (weight_FD.norm(dim=1) + self.projection_eps).clamp(min=torch.finfo(weight_FD.dtype).tiny)
-        along_F = torch.linalg.vecdot(grad_FD, weight_FD) / norm_F.square()
-        grad_FD.addcmul_(weight_FD, along_F[:, None], value=-1)
-
-    @torch.no_grad()
-    def restore(self, weight_FD: Tensor) -> None:
-        norm_F = (weight_FD.norm(dim=1) + self.renorm_eps).clamp(min=torch.finfo(weight_FD.dtype).tiny)
-        weight_FD.div_(norm_F[:, None])
-
-
 class SAETrainer(nn.Module):
     """One SAE in training: `ae`, its optimiser, schedules and counters.
 
@@ -132,7 +114,7 @@ class SAETrainer(nn.Module):
         else:
             self.generator.manual_seed(self.cfg.seed)
         self.ae = self.build().to(self.device)
-        self.optimizer = torch.optim.Adam(self.ae.parameters(), lr=self.cfg.lr or 0.0, betas=self.betas, fused=True)
+        self.optimizer = ConstrainedAdam(self.ae, self.betas, self.unit_norm, self.max_grad_norm)
         self.dead_feature_threshold = self.cfg.dead_feature_threshold
         self.tokens_seen = 0
         self.num_tokens_since_fired: Tensor
@@ -168,26 +150,10 @@ class SAETrainer(nn.Module):
         out = self.loss(x_BD, step)
         out.loss.backward()
         with torch.autocast(self.device.type, enabled=False):
-            decoder = self._decoder_parameter()
-            if self.unit_norm is not None:
-                assert decoder.grad is not None
-                self.unit_norm.project(self._as_FD(decoder.grad), self.ae.decoder_FD)
-            gradients = [p.grad for p in self.ae.parameters() if p.grad is not None]
-            grad_norm = nn.utils.get_total_norm(gradients)
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.ae.parameters(), self.max_grad_norm, grad_norm)
-            # the fused optimiser leaves the weights alone where this is 1, without the host having to look
-            self.stopped.logical_or_(~torch.isfinite(out.loss.detach() + grad_norm))
-            self.optimizer.found_inf = self.stopped.float()  # pyright: ignore[reportAttributeAccessIssue]
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(step)
-            self.optimizer.step()
-            self.optimizer.zero_grad()  # now, so that only one SAE at a time has gradients
+            self.optimizer.step(self.ae, self.lr(step), out.loss.detach(), self.stopped)
             self.num_tokens_since_fired.copy_(self.silent_tokens(out.fired_F, len(x_BD)))
             self.tokens_seen += len(x_BD)
             self.after_step(step, out)
-            if self.unit_norm is not None:
-                self.unit_norm.restore(self.ae.decoder_FD)
         return out.detach()
 
     def lr(self, step: int) -> float:
@@ -208,12 +174,6 @@ class SAETrainer(nn.Module):
         """Number of latents silent for `dead_feature_threshold` tokens or more."""
         return (self.num_tokens_since_fired >= self.dead_feature_threshold).sum()
 
-    def _decoder_parameter(self) -> nn.Parameter:
-        return self.ae.W_dec if hasattr(self.ae, "W_dec") else self.ae.decoder.weight  # pyright: ignore
-
-    def _as_FD(self, decoder_grad: Tensor) -> Tensor:
-        return decoder_grad if decoder_grad.shape == self.ae.decoder_FD.shape else decoder_grad.T
-
     # -- what is written down
 
     @property
@@ -228,14 +188,9 @@ class SAETrainer(nn.Module):
         return {"trainer_class": type(self).__name__, **fields}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "tokens_seen": self.tokens_seen,
-        }
+        return {"generator": self.generator.get_state(), "tokens_seen": self.tokens_seen}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.tokens_seen = state["tokens_seen"]
 

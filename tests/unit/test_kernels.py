@@ -38,11 +38,12 @@ def sparse_features(kind: str, x_BD, encoder_FD, bias_F, b_dec_D, k: int) -> Fea
     return encode_above(x_BD, encoder_FD, bias_F, b_dec_D, 0.0)
 
 
-@pytest.mark.parametrize("chunk_entries", [F, 5 * F, 2**22])  # a token a chunk, five, all at once
+@pytest.mark.parametrize("tile", [(1, 10), (5, 5 * 10), (7, 7 * 16), (2048, 2**21)])  # tokens, entries
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "above"])
 @pytest.mark.parametrize("k", [1, 7, F])
-def test_sparse_step_equals_dense_autograd(encoder, kind, k, chunk_entries, monkeypatch):
-    monkeypatch.setattr(select, "CHUNK_ENTRIES", chunk_entries)
+def test_sparse_step_equals_dense_autograd(encoder, kind, k, tile, monkeypatch):
+    monkeypatch.setattr(select, "TILE_TOKENS", tile[0])
+    monkeypatch.setattr(select, "TILE_ENTRIES", tile[1])
     x_BD, encoder_FD, bias_F, b_dec_D, decoder_FD = encoder
     leaves = [encoder_FD, bias_F, b_dec_D, decoder_FD]
 

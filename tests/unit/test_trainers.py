@@ -234,8 +234,8 @@ def test_resampling_points_dead_latents_at_badly_reconstructed_tokens():
     torch.testing.assert_close(trainer.ae.decoder_FD[:6].norm(dim=1), torch.ones(6))
     tokens_BD = data[10] / data[10].norm(dim=1, keepdim=True).clamp(min=1e-9)
     assert ((trainer.ae.decoder_FD[:6] @ tokens_BD.T).amax(1) > 0.999).all()
-    moments = trainer.optimizer.state[trainer.ae.encoder.weight]
-    assert not moments["exp_avg"][:6].any() and moments["exp_avg"][6:].any()
+    exp_avg_FD, _ = trainer.optimizer.moments("encoder.weight")
+    assert not exp_avg_FD[:6].any() and exp_avg_FD[6:].any()
 
 
 def test_p_falls_in_steps_and_the_penalty_does_not_jump():

@@ -1,0 +1,93 @@
+"""Adam for an SAE, with what the papers ask of it: a decoder of unit norm, a clipped gradient.
+
+F dict_size, D activation_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.adam import adam_, gradient_norms
+
+# parameters that keep the reference's (D, F) shape; every matrix lies in memory as one contiguous row per latent
+TRANSPOSED = {"W_enc", "decoder.weight"}
+DECODERS = {"W_dec", "decoder.weight"}
+
+
+def as_rows(name: str, parameter: Tensor) -> Tensor:
+    """The (F, D) view of a matrix of an SAE; other tensors as they are."""
+    return parameter.T if name in TRANSPOSED else parameter
+
+
+@dataclass(frozen=True)
+class UnitNorm:
+    """Keeps decoder rows at unit norm: gradients are made orthogonal to them, and norms restored after the step."""
+
+    projection_eps: float
+    renorm_eps: float
+
+
+class ConstrainedAdam(nn.Module):
+    """Moments and step of one SAE's Adam; `state_dict()` is what must survive a restart."""
+
+    def __init__(
+        self, ae: nn.Module, betas: tuple[float, float], unit_norm: UnitNorm | None, max_grad_norm: float | None
+    ):
+        super().__init__()
+        self.betas, self.unit_norm, self.max_grad_norm = betas, unit_norm, max_grad_norm
+        parameters = dict(ae.named_parameters())
+        device = next(iter(parameters.values())).device
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), device=device))
+        for name, parameter in parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.register_buffer(self._key(name, moment), torch.zeros_like(as_rows(name, parameter)))
+
+    @staticmethod
+    def _key(name: str, moment: str) -> str:
+        return f"{name.replace('.', '_')}_{moment}"
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """(exp_avg, exp_avg_sq) of a parameter, matrices as (F, D)."""
+        exp_avg, exp_avg_sq = (getattr(self, self._key(name, moment)) for moment in ("exp_avg", "exp_avg_sq"))
+        return exp_avg, exp_avg_sq
+
+    @torch.no_grad()
+    def step(self, ae: nn.Module, lr: float, loss: Tensor, stopped: Tensor) -> None:
+        """Move the parameters of `ae` by their gradients, and drop these.
+
+        `stopped`, a bool scalar, becomes true where the loss or the gradient's norm is not finite, and as long as it is
+        true nothing moves: the device sees to it, and the host does not have to look.
+        """
+        with_grad = [(name, parameter) for name, parameter in ae.named_parameters() if parameter.grad is not None]
+        squares, along = [], {}
+        for name, parameter in with_grad:
+            assert parameter.grad is not None
+            constrained = self.unit_norm is not None and name in DECODERS
+            square, along[name] = gradient_norms(
+                as_rows(name, parameter.grad),
+                as_rows(name, parameter) if constrained else None,
+                self.unit_norm.projection_eps if self.unit_norm else 0.0,
+            )
+            squares.append(square)
+        grad_norm = torch.stack(squares).sum().sqrt()
+        stopped.logical_or_(~torch.isfinite(loss + grad_norm))
+        found_inf = stopped.float()
+        self.steps += 1 - found_inf
+        scale = None if self.max_grad_norm is None else (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        for name, parameter in with_grad:
+            assert parameter.grad is not None
+            adam_(
+                as_rows(name, parameter),
+                as_rows(name, parameter.grad),
+                *self.moments(name),
+                self.steps,
+                lr=lr,
+                betas=self.betas,
+                found_inf=found_inf,
+                scale=scale,
+                along_F=along[name],
+                renorm_eps=self.unit_norm.renorm_eps if self.unit_norm and name in DECODERS else None,
+            )
+            parameter.grad = None  # now, so that only one SAE at a time has gradients
