@@ -68,7 +68,7 @@ def adam_(
         if along_F is not None:
             along_r = along_F[r] if scale is None else along_F[r] * scale
             grad_r = torch.addcmul(grad_r, weight_r, along_r[:, None], value=-1)
-        torch._fused_adam_(
+        torch.ops.aten._fused_adam_(
             [weight_r], [grad_r], [exp_avg[r]], [exp_avg_sq[r]], [], [step],
             lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=1e-8,
             amsgrad=False, maximize=False, found_inf=found_inf,

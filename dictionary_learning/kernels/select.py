@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .shard import WHOLE, Shard
 from .sparse import Code, Features, pre_activations
 
 # Tall tiles make fast matmuls: on two cores at D 512 the product in tiles of 2048 x 1024 takes 0.85 of the time of the
@@ -105,7 +106,12 @@ def _joined(parts: list[Chosen]) -> Chosen:
 
 
 def _encode(
-    x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor | None, choose: Callable[[Encoder], Chosen]
+    x_BD: Tensor,
+    encoder_FD: Tensor,
+    bias_F: Tensor,
+    b_dec_D: Tensor | None,
+    shard: Shard,
+    choose: Callable[[Encoder], Chosen],
 ) -> Features:
     device = x_BD.device
     if b_dec_D is None:
@@ -116,47 +122,75 @@ def _encode(
             z_BD = (x_BD - b_dec_D).to(dtype)
             pre_N, token_N, latent_N = choose(Encoder(z_BD, encoder_FD.to(dtype), bias_F.to(dtype)))
     code = Code(token_N, latent_N, len(x_BD), len(encoder_FD))
-    return Features(pre_activations(pre_N, z_BD, encoder_FD, bias_F, b_dec_D, code), code)
+    return Features(pre_activations(pre_N, z_BD, encoder_FD, bias_F, b_dec_D, code), code, shard)
 
 
-def encode_topk(x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, k: int) -> Features:
-    """relu(pre) at the k largest of each token, N = B k; zeros may be among them."""
-    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, lambda encoder: _topk(encoder, k))
-    return Features(torch.relu(features.values), features.code)
+def encode_topk(
+    x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, k: int, shard: Shard = WHOLE
+) -> Features:
+    """relu(pre) at the k largest of each token, N = B k; zeros may be among them.
+
+    With a shard, `encoder_FD` and `bias_F` are its latents', the k largest are those of all latents, and N is what this
+    process has of them.
+    """
+
+    def choose(encoder: Encoder) -> Chosen:
+        chosen = _topk(encoder, min(k, len(encoder.weight_FD)))
+        if shard.size == 1:
+            return chosen
+        values_BK = torch.relu(chosen[0]).view(len(x_BD), -1)
+        return _taken(chosen, shard.largest_of_each_token(values_BK, k).flatten())
+
+    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose)
+    return replace(features, values=torch.relu(features.values))
 
 
 def encode_above(
-    x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor | None, bound: Tensor | float
+    x_BD: Tensor,
+    encoder_FD: Tensor,
+    bias_F: Tensor,
+    b_dec_D: Tensor | None,
+    bound: Tensor | float,
+    shard: Shard = WHOLE,
 ) -> Features:
     """pre at every pair where it is above `bound`, a scalar or one value a latent.  b_dec None is one of zero."""
-    return _encode(x_BD, encoder_FD, bias_F, b_dec_D, lambda encoder: _above(encoder, bound))
+    return _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, lambda encoder: _above(encoder, bound))
 
 
 def encode_batch_topk(
-    x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, n: int, guess: Tensor | None = None
+    x_BD: Tensor,
+    encoder_FD: Tensor,
+    bias_F: Tensor,
+    b_dec_D: Tensor,
+    n: int,
+    guess: Tensor | None = None,
+    shard: Shard = WHOLE,
 ) -> Features:
     """relu(pre) at the n largest of the whole batch; of equal ones the lowest (token, latent) wins.
 
     Values of zero contribute nothing and are left out, so N <= n.  `guess`, a scalar, may hold a value believed to lie
     below the n-th largest (last step's, say, times 0.95): a good one saves time, a bad one costs a second pass; the
     result never depends on it, since a bound that at least n values exceed cannot cut one of the n largest.
+    With a shard, the n largest are those of all latents, and N is what this process has of them.
     """
 
     def choose(encoder: Encoder) -> Chosen:
+        width = len(encoder.weight_FD)
         if x_BD.device.type != "cpu":  # one radix select: no data-dependent shapes, no host sync
             ((_, pre_BF),) = encoder.tiles()
-            top = pre_BF.relu_().flatten().topk(n, sorted=False)
+            top = pre_BF.relu_().flatten().topk(min(n, pre_BF.numel()), sorted=False)
             flat_N, order = top.indices.sort()
-            token_N = torch.div(flat_N, pre_BF.shape[1], rounding_mode="floor")
-            return top.values[order], token_N, flat_N - token_N * pre_BF.shape[1]
-        for bound in _bounds(encoder, n, guess):
-            chosen = _above(encoder, bound)
-            if len(chosen[0]) >= n or bound == 0:
-                break
-        return _largest(chosen, n)
+            token_N = torch.div(flat_N, width, rounding_mode="floor")
+            chosen = top.values[order], token_N, flat_N - token_N * width
+        else:
+            chosen = _largest(_candidates(encoder, n, guess, shard), n)
+        if shard.size == 1:
+            return chosen
+        flat_N = (chosen[1] * shard.size + shard.rank) * width + chosen[2]  # over the whole batch and all latents
+        return _taken(chosen, shard.largest_of_batch(chosen[0], flat_N, n))
 
-    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, choose)
-    return Features(torch.relu(features.values), features.code)
+    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose)
+    return replace(features, values=torch.relu(features.values))
 
 
 def _above(encoder: Encoder, bound: Tensor | float) -> Chosen:
@@ -171,16 +205,27 @@ def _above(encoder: Encoder, bound: Tensor | float) -> Chosen:
     return _joined(parts)
 
 
-def _bounds(encoder: Encoder, n: int, guess: Tensor | None) -> Iterator[Tensor | float]:
+def _candidates(encoder: Encoder, n: int, guess: Tensor | None, shard: Shard) -> Chosen:
+    """The pairs above a bound that n pairs of all latents exceed, or above 0 where fewer do."""
+    bounds = _bounds(encoder, n / shard.size, guess)
+    while True:
+        bound = shard.min(next(bounds))  # one for all, or the count would prove nothing
+        chosen = _above(encoder, bound)
+        n_above = shard.sum(torch.tensor(len(chosen[0]), device=encoder.z_bD.device))
+        if int(n_above) >= n or bound == 0:
+            return chosen
+
+
+def _bounds(encoder: Encoder, n: float, guess: Tensor | None) -> Iterator[Tensor]:
     """Bounds that n pairs may exceed, one below the other: the guess, then what a sample says, last 0."""
     if guess is not None:
         yield guess.clamp(min=0)
     _, pre_bc = next(next(encoder.blocks()).tiles())
     share = n * pre_bc.numel() / (len(encoder.z_bD) * len(encoder.weight_FD))
-    for rank in (int(1.5 * share), int(6 * share)):
-        if 0 < rank < pre_bc.numel():
-            yield pre_bc.flatten().topk(rank, sorted=False).values.min().clamp(min=0)
-    yield 0.0
+    for rank in (1.5 * share, 6 * share):
+        rank = min(max(1, int(rank)), pre_bc.numel())
+        yield pre_bc.flatten().topk(rank, sorted=False).values.min().clamp(min=0)
+    yield pre_bc.new_zeros(())
 
 
 def _largest(chosen: Chosen, n: int) -> Chosen:
@@ -192,6 +237,10 @@ def _largest(chosen: Chosen, n: int) -> Chosen:
     keep_N = pre_N > threshold
     ties = torch.nonzero(pre_N == threshold).squeeze(1)
     keep_N[ties[: n - int(keep_N.sum())]] = True
+    return _taken(chosen, keep_N)
+
+
+def _taken(chosen: Chosen, keep_N: Tensor) -> Chosen:
     kept = torch.nonzero(keep_N).squeeze(1)
     pre_N, token_N, latent_N = (x_N[kept] for x_N in chosen)
     return pre_N, token_N, latent_N

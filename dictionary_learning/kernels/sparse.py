@@ -11,11 +11,13 @@ The sums are one operation, an embedding bag with per-sample weights: bags are t
 B tokens, D activation_dim, F dict_size, N chosen pairs, R rows decoded to (B, or B x groups for Matryoshka).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .shard import WHOLE, Shard
 
 
 @dataclass(eq=False)
@@ -38,10 +40,12 @@ class Features:
     """What an encoder says of a batch: all B x F values, or only those of chosen pairs, which the rest follow alike.
 
     values: f_BF where `code` is None, else f_N of its pairs; every other value is zero.
+    shard: which of the SAE's latents they are; sums over latents and reconstructions are of all of them.
     """
 
     values: Tensor
     code: Code | None = None
+    shard: Shard = WHOLE
 
     def of_latent(self, values_F: Tensor) -> Tensor:
         """Per-latent values, in a shape that goes with `values`."""
@@ -50,14 +54,26 @@ class Features:
     def sum_over_latents(self, values: Tensor) -> Tensor:
         """(B,): each token's sum of something of the shape of `values`."""
         if self.code is None:
-            return values.sum(dim=-1)
-        return values.new_zeros(self.code.n_tokens).index_add(0, self.code.token_N, values)
+            return self.shard.sum(values.sum(dim=-1))
+        return self.shard.sum(values.new_zeros(self.code.n_tokens).index_add(0, self.code.token_N, values))
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
         """(F,): each latent's sum."""
         if self.code is None:
             return values.sum(dim=0)
         return values.new_zeros(self.code.dict_size).index_add(0, self.code.latent_N, values)
+
+    def smallest_of_token(self) -> Tensor:
+        """(B,): each token's smallest positive value, +inf where it has none."""
+        values = torch.where(self.values > 0, self.values, torch.inf).float()
+        if self.code is None:
+            return self.shard.min(values.amin(dim=-1))
+        none_B = values.new_full((self.code.n_tokens,), torch.inf)
+        return self.shard.min(none_B.scatter_reduce(0, self.code.token_N, values, "amin"))
+
+    def n_active(self) -> Tensor:
+        """Scalar: the values that are not zero."""
+        return self.shard.sum(torch.count_nonzero(self.values))
 
     def fired(self) -> Tensor:
         """Bool (F,): the latents with a positive value."""
@@ -69,8 +85,9 @@ class Features:
     def decode(self, decoder_FD: Tensor) -> Tensor:
         """x_hat_BD without bias."""
         if self.code is None:
-            return self.values @ decoder_FD
-        return sparse_decode(self.values, decoder_FD, self.code, self.code.token_N, self.code.n_tokens)
+            return self.shard.sum(self.values @ decoder_FD)
+        code = self.code
+        return self.shard.sum(sparse_decode(self.values, decoder_FD, code, code.token_N, code.n_tokens))
 
     def dense(self) -> Tensor:
         """f_BF; differentiable."""
@@ -80,7 +97,7 @@ class Features:
         return f_BF.index_put((self.code.token_N, self.code.latent_N), self.values)
 
     def detach(self) -> "Features":
-        return Features(self.values.detach(), self.code)
+        return replace(self, values=self.values.detach())
 
 
 def _offsets(key_N: Tensor, n_bags: int) -> Tensor:

@@ -28,16 +28,15 @@ class BatchTopKTrainer(TopKTrainer):
 
     def select(self, x_BD: Tensor) -> Features:
         ae = self.ae
-        return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k * len(x_BD), self.guess)
+        n = self.k * len(x_BD)
+        return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard)
 
     def fired(self, f: Features) -> Tensor:
         return f.fired()
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the smallest positive activation of the batch; +inf where there is none."""
-        values_N = out.f.values.float()
-        positive_N = torch.where(values_N > 0, values_N, torch.inf)
-        return positive_N.amin() if len(values_N) else values_N.new_tensor(torch.inf)
+        return out.f.smallest_of_token().amin()
 
     def after_step(self, step: int, out: LossOutput) -> None:
         super().after_step(step, out)

@@ -37,16 +37,17 @@ class GatedSAETrainer(SparseTrainer):
         ae = self.ae
         if not self.sparse:
             gate_BF, f_BF = ae.gate_and_features(x_BD)
-            return Features(gate_BF), Features(f_BF)
+            return Features(gate_BF, shard=self.shard), Features(f_BF, shard=self.shard)
         # the gate is open where u > -b_gate; u itself has no bias
-        u = encode_above(x_BD, ae.encoder_FD, torch.zeros_like(ae.gate_bias), ae.decoder_bias, -ae.gate_bias)
+        no_bias_F = torch.zeros_like(ae.gate_bias)
+        u = encode_above(x_BD, ae.encoder_FD, no_bias_F, ae.decoder_bias, -ae.gate_bias, self.shard)
         gate_N = torch.relu(u.values + u.of_latent(ae.gate_bias))
         f_N = torch.relu(u.of_latent(ae.r_mag.exp()) * u.values + u.of_latent(ae.mag_bias))
-        return Features(gate_N, u.code), Features(f_N, u.code)
+        return Features(gate_N, u.code, self.shard), Features(f_N, u.code, self.shard)
 
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
         gate, f = self.encode(x_BD)
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.decoder_bias
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.decoder_bias)
         # only the gate and the encoder's bias learn from the gate's own reconstruction
         x_hat_gate_BD = gate.decode(self.ae.decoder_FD.detach()) + self.ae.decoder_bias.detach()
         error, aux = squared_error(x_BD, x_hat_BD), squared_error(x_BD, x_hat_gate_BD)

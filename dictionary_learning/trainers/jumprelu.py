@@ -5,7 +5,7 @@ Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435
 B tokens in the batch, D activation_dim, F dict_size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,11 +84,11 @@ class JumpReluTrainer(SparseTrainer):
         """(f, sum over all B F entries of 1[f > threshold]), with the kernel's gradients for the thresholds."""
         ae, bandwidth = self.ae, self.cfg.bandwidth
         if not self.sparse:
-            z = Features(ae.pre_activations(x_BD))
+            z = Features(ae.pre_activations(x_BD), shard=self.shard)
         else:  # an entry further below its threshold than the kernel reaches is zero and has no gradient
-            z = encode_above(x_BD, ae.encoder_FD, ae.b_enc, None, ae.threshold - bandwidth / 2)
+            z = encode_above(x_BD, ae.encoder_FD, ae.b_enc, None, ae.threshold - bandwidth / 2, self.shard)
         threshold = z.of_latent(ae.threshold)
-        f = Features(JumpReLU.apply(z.values, threshold, bandwidth), z.code)
+        f = replace(z, values=JumpReLU.apply(z.values, threshold, bandwidth))
         # of the features, not of the pre-activations: the gradient is one-sided, as in the reference
         n_active = Step.apply(f.values, threshold, bandwidth).sum()
         if z.code is not None:
@@ -97,13 +97,13 @@ class JumpReluTrainer(SparseTrainer):
             n_active = (
                 n_active + (Step.apply(torch.zeros_like(ae.threshold), ae.threshold, bandwidth) * left_out_F).sum()
             )
-        return f, n_active
+        return f, self.shard.sum(n_active)
 
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
         cfg = self.cfg
         x_BD = x_BD.to(self.ae.W_enc.dtype)
         f, n_active = self.encode(x_BD)
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.b_dec
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.b_dec)
         error = squared_error(x_BD, x_hat_BD)
         l0 = n_active / len(x_BD)
         sparsity = cfg.sparsity_penalty * (l0 / cfg.target_l0 - 1) ** 2 * cfg.sparsity_scale(step)

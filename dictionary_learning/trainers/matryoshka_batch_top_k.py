@@ -65,10 +65,11 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
         assert code is not None
         # a latent's group, and one bag a (token, group): rows ascend, since the pairs ascend by token and latent
         ends_G = self.ae.group_sizes.cumsum(0)
-        group_N = torch.searchsorted(ends_G, code.latent_N, right=True)
+        first = self.shard.rank * code.dict_size  # of this process's latents
+        group_N = torch.searchsorted(ends_G, code.latent_N + first, right=True)
         row_N = code.token_N * n_groups + group_N
-        parts = sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups)
-        prefixes_BGD = parts.view(len(x_BD), n_groups, -1).cumsum(dim=1) + self.ae.b_dec
+        parts = self.shard.sum(sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups))
+        prefixes_BGD = parts.view(len(x_BD), n_groups, -1).cumsum(dim=1) + self.shard.once(self.ae.b_dec)
         assert self.cfg.group_weights is not None
         weight_G = x_BD.new_tensor(self.cfg.group_weights, dtype=torch.float32)
         errors_G = (x_BD[:, None] - prefixes_BGD).pow(2).sum(dim=-1).mean(dim=0) * weight_G

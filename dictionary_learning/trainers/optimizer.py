@@ -8,16 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels import WHOLE, Shard
 from ..kernels.adam import adam_, gradient_norms
 
 # parameters that keep the reference's (D, F) shape; every matrix lies in memory as one contiguous row per latent
 TRANSPOSED = {"W_enc", "decoder.weight"}
 DECODERS = {"W_dec", "decoder.weight"}
+REPLICATED = {"b_dec", "bias", "decoder.bias", "decoder_bias"}  # every other parameter is one of latents
 
 
 def as_rows(name: str, parameter: Tensor) -> Tensor:
     """The (F, D) view of a matrix of an SAE; other tensors as they are."""
     return parameter.T if name in TRANSPOSED else parameter
+
+
+def latent_dim(name: str) -> int | None:
+    """The dimension of a parameter that counts latents."""
+    return None if name in REPLICATED else int(name in TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -32,25 +39,31 @@ class ConstrainedAdam(nn.Module):
     """Moments and step of one SAE's Adam; `state_dict()` is what must survive a restart."""
 
     def __init__(
-        self, ae: nn.Module, betas: tuple[float, float], unit_norm: UnitNorm | None, max_grad_norm: float | None
+        self,
+        ae: nn.Module,
+        betas: tuple[float, float],
+        unit_norm: UnitNorm | None,
+        max_grad_norm: float | None,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
-        self.betas, self.unit_norm, self.max_grad_norm = betas, unit_norm, max_grad_norm
+        self.betas, self.unit_norm, self.max_grad_norm, self.shard = betas, unit_norm, max_grad_norm, shard
         parameters = dict(ae.named_parameters())
         device = next(iter(parameters.values())).device
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), device=device))
         for name, parameter in parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.register_buffer(self._key(name, moment), torch.zeros_like(as_rows(name, parameter)))
+            for key in self.keys(name):
+                self.register_buffer(key, torch.zeros_like(as_rows(name, parameter.detach())))
 
     @staticmethod
-    def _key(name: str, moment: str) -> str:
-        return f"{name.replace('.', '_')}_{moment}"
+    def keys(name: str) -> tuple[str, str]:
+        """Under which names the moments of a parameter are buffers here."""
+        return f"{name.replace('.', '_')}_exp_avg", f"{name.replace('.', '_')}_exp_avg_sq"
 
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """(exp_avg, exp_avg_sq) of a parameter, matrices as (F, D)."""
-        exp_avg, exp_avg_sq = (getattr(self, self._key(name, moment)) for moment in ("exp_avg", "exp_avg_sq"))
+        exp_avg, exp_avg_sq = (self.get_buffer(key) for key in self.keys(name))
         return exp_avg, exp_avg_sq
 
     @torch.no_grad()
@@ -61,17 +74,24 @@ class ConstrainedAdam(nn.Module):
         true nothing moves: the device sees to it, and the host does not have to look.
         """
         with_grad = [(name, parameter) for name, parameter in ae.named_parameters() if parameter.grad is not None]
-        squares, along = [], {}
+        # of what every process has alike, and of this process's latents
+        shared_square, own_square = loss.new_zeros((), dtype=torch.float32), loss.new_zeros((), dtype=torch.float32)
+        along = {}
         for name, parameter in with_grad:
             assert parameter.grad is not None
+            if name in REPLICATED:
+                parameter.grad = self.shard.sum(parameter.grad)
             constrained = self.unit_norm is not None and name in DECODERS
             square, along[name] = gradient_norms(
                 as_rows(name, parameter.grad),
                 as_rows(name, parameter) if constrained else None,
                 self.unit_norm.projection_eps if self.unit_norm else 0.0,
             )
-            squares.append(square)
-        grad_norm = torch.stack(squares).sum().sqrt()
+            if name in REPLICATED:
+                shared_square += square
+            else:
+                own_square += square
+        grad_norm = (shared_square + self.shard.sum(own_square)).sqrt()
         stopped.logical_or_(~torch.isfinite(loss + grad_norm))
         found_inf = stopped.float()
         self.steps += 1 - found_inf

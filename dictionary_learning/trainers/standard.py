@@ -53,12 +53,12 @@ class ReLUTrainer(SparseTrainer):
 
     def encode(self, x_BD: Tensor) -> Features:
         if not self.sparse:
-            return Features(self.ae.encode(x_BD))
-        return encode_above(x_BD, self.ae.encoder_FD, self.ae.encoder.bias, self.ae.bias, 0.0)
+            return Features(self.ae.encode(x_BD), shard=self.shard)
+        return encode_above(x_BD, self.ae.encoder_FD, self.ae.encoder.bias, self.ae.bias, 0.0, self.shard)
 
     def loss(self, x_BD: Tensor, step: int) -> LossOutput:
         f = self.encode(x_BD)
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.bias
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.bias)
         error = squared_error(x_BD, x_hat_BD)
         penalty, terms = self.penalty(f, step)
         loss = error + penalty
@@ -80,9 +80,9 @@ class StandardTrainer(ReLUTrainer):
     def __init__(self, **settings):
         super().__init__(**settings)
         self.steps_since_active: Tensor
-        self.register_buffer(
-            "steps_since_active", torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
-        )
+        self.register_buffer("steps_since_active", torch.zeros_like(self.num_tokens_since_fired))
+        if self.cfg.resample_steps is not None and self.shard.size > 1:
+            raise ValueError("resample_steps cannot be combined with latents that are split over processes.")
 
     def penalty(self, f: Features, step: int) -> tuple[Tensor, Terms]:
         l1 = f.sum_over_latents(f.values).mean()

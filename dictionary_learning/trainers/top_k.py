@@ -79,7 +79,8 @@ class TopKTrainer(SAETrainer):
 
     def select(self, x_BD: Tensor) -> Features:
         """The features that take part in the reconstruction."""
-        return encode_topk(x_BD, self.ae.encoder_FD, self.ae.encoder_bias_F, self.ae.b_dec, self.k)
+        ae = self.ae
+        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard)
 
     def fired(self, f: Features) -> Tensor:
         """Bool (F,): the latents that count as active, here every selected one, even at zero."""
@@ -89,15 +90,14 @@ class TopKTrainer(SAETrainer):
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the mean over tokens of the smallest positive activation; +inf where no token has one."""
-        values_BK = out.f.values.view(len(out.x_hat_BD), -1).float()
-        least_B = torch.where(values_BK > 0, values_BK, torch.inf).amin(dim=1)
+        least_B = out.f.smallest_of_token()
         active_B = least_B.isfinite()
         mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
         return torch.where(active_B.any(), mean, torch.inf)
 
     def reconstruct(self, x_BD: Tensor, f: Features) -> tuple[Tensor, Tensor, Terms]:
         """(x_hat_BD, reconstruction loss, logged terms)"""
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.ae.b_dec
+        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.b_dec)
         error = squared_error(x_BD, x_hat_BD)
         return x_hat_BD, error, {"l2_loss": error}
 
@@ -130,17 +130,20 @@ class TopKTrainer(SAETrainer):
             return 0.0, -1.0, 0
         dead_F = self.silent_tokens(fired_F, len(x_BD)) >= self.dead_feature_threshold
         dead_A = torch.nonzero(dead_F).squeeze(1)
-        if len(dead_A) == 0:
+        n_dead = int(self.shard.sum(dead_F.sum()))
+        if n_dead == 0:
             return 0.0, -1.0, 0
-        ae = self.ae
+        ae, k = self.ae, min(self.top_k_aux, n_dead)
         f_BA = torch.relu(linear(x_BD - ae.b_dec, ae.encoder_FD[dead_A], ae.encoder_bias_F[dead_A]))
-        top = f_BA.topk(min(self.top_k_aux, len(dead_A)), dim=1, sorted=False)
-        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, top.values)
-        x_aux_BD = linear(f_BA, ae.decoder_FD[dead_A].T)
+        top = f_BA.topk(min(k, len(dead_A)), dim=1, sorted=False)
+        candidates_BK = torch.nn.functional.pad(top.values.detach(), (0, k - top.values.shape[1]), value=-torch.inf)
+        chosen_BK = self.shard.largest_of_each_token(candidates_BK, k)[:, : top.values.shape[1]]
+        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, torch.where(chosen_BK, top.values, 0))
+        x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD[dead_A].T))
         residual_BD = (x_BD - x_hat_BD).detach()
         error = squared_error(residual_BD.float(), x_aux_BD.float())
         variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float())
-        return (error / variance).nan_to_num(0.0), error.detach(), len(dead_A)
+        return (error / variance).nan_to_num(0.0), error.detach(), n_dead
 
     @torch.no_grad()
     def after_step(self, step: int, out: LossOutput) -> None:

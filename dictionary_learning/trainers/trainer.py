@@ -6,6 +6,7 @@ is changed in one place, `update`, after the loss is known: logging can look at 
 B tokens in the batch, D activation_dim, F dict_size.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dictionary import Dictionary
-from ..kernels import Features
-from .optimizer import ConstrainedAdam, UnitNorm
+from ..kernels import WHOLE, Features, Shard
+from .optimizer import REPLICATED, ConstrainedAdam, UnitNorm, latent_dim
 
 
 @dataclass(kw_only=True)
@@ -87,7 +88,7 @@ class LossOutput(NamedTuple):
 
     def l0(self) -> Tensor:
         """Mean number of active latents a token."""
-        return torch.count_nonzero(self.f.values) / len(self.x_hat_BD)
+        return self.f.n_active() / len(self.x_hat_BD)
 
 
 class SAETrainer(nn.Module):
@@ -96,6 +97,9 @@ class SAETrainer(nn.Module):
     A subclass sets the class attributes and writes `loss`; it may also override three hooks: `build` (make the SAE),
     `initialize` (the first batch is at hand) and `after_step` (state beyond the common counters).
     Everything that must survive a restart is in `state_dict()`.
+
+    shard: this process's share of the latents; `ae`, optimiser and counters then hold no others, and every process of
+    the shard's group must do the same steps on the same batches.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -104,24 +108,27 @@ class SAETrainer(nn.Module):
     unit_norm: ClassVar[UnitNorm | None] = None
     max_grad_norm: ClassVar[float | None] = None
 
-    def __init__(self, **settings: Any):
+    def __init__(self, *, shard: Shard = WHOLE, **settings: Any):
         super().__init__()
         self.cfg = self.Config(**settings)
+        self.shard = shard
         self.device = torch.device(self.cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.generator = torch.Generator()
         if self.cfg.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(self.cfg.seed)
-        self.ae = self.build().to(self.device)
-        self.optimizer = ConstrainedAdam(self.ae, self.betas, self.unit_norm, self.max_grad_norm)
+        self.ae = self.build()  # whole, so that a latent's initial weights do not depend on the split
+        for name, parameter in self.ae.named_parameters():
+            parameter.data = shard.cut(parameter.data, latent_dim(name))
+        self.ae.to(self.device)
+        self.optimizer = ConstrainedAdam(self.ae, self.betas, self.unit_norm, self.max_grad_norm, shard)
         self.dead_feature_threshold = self.cfg.dead_feature_threshold
         self.tokens_seen = 0
         self.num_tokens_since_fired: Tensor
         self.stopped: Tensor  # bool: a loss or gradient was not finite, and the weights have stayed as they were since
-        self.register_buffer(
-            "num_tokens_since_fired", torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
-        )
+        silent_F = torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
+        self.register_buffer("num_tokens_since_fired", shard.cut(silent_F, 0))
         self.register_buffer("stopped", torch.zeros((), dtype=torch.bool, device=self.device))
 
     # -- what a variant says
@@ -172,9 +179,30 @@ class SAETrainer(nn.Module):
 
     def dead_features(self) -> Tensor:
         """Number of latents silent for `dead_feature_threshold` tokens or more."""
-        return (self.num_tokens_since_fired >= self.dead_feature_threshold).sum()
+        return self.shard.sum((self.num_tokens_since_fired >= self.dead_feature_threshold).sum())
 
     # -- what is written down
+
+    def latent_dims(self) -> dict[str, int]:
+        """{name in state_dict(): dimension of the latents} of the tensors that have one."""
+        names = [name for name, _ in self.ae.named_parameters() if name not in REPLICATED]
+        counters = [name for name, counter in self.named_buffers(recurse=False) if counter.ndim]
+        return (
+            {f"ae.{name}": latent_dim(name) or 0 for name in names}
+            | {f"optimizer.{key}": 0 for name in names for key in self.optimizer.keys(name)}
+            | dict.fromkeys(counters, 0)
+        )
+
+    def whole_ae(self) -> Dictionary:
+        """The SAE with all its latents: `ae` itself, or a copy on the CPU that every process of the group asks for."""
+        if self.shard.size == 1:
+            return self.ae
+        whole = copy.deepcopy(self.ae).cpu()
+        for name, parameter in whole.named_parameters():
+            dim = latent_dim(name)
+            if dim is not None:
+                parameter.data = self.shard.gather(self.ae.get_parameter(name).detach(), dim).cpu()
+        return whole
 
     @property
     def config(self) -> dict[str, Any]:
