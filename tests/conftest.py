@@ -1,10 +1,13 @@
 """What every test may use: a tiny random GPT-NeoX with a byte-level tokenizer, made in memory and on disk."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 torch.set_num_threads(1)  # tensors are tiny, and workers run side by side
 
 

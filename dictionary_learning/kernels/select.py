@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .backend import triton_ops
 from .shard import WHOLE, Shard
 from .sparse import Code, Features, pre_activations
 
@@ -32,16 +33,20 @@ class Encoder:
     bias_F: Tensor
     first_token: int = 0
 
+    @property
+    def tiled(self) -> bool:
+        return self.z_bD.device.type == "cpu" and triton_ops() is None
+
     def blocks(self) -> Iterator["Encoder"]:
         """Of as many tokens as a tile has, one after another."""
-        n = TILE_TOKENS if self.z_bD.device.type == "cpu" else len(self.z_bD)
+        n = TILE_TOKENS if self.tiled else len(self.z_bD)
         for start in range(0, len(self.z_bD), n):
             yield replace(self, z_bD=self.z_bD[start : start + n], first_token=start)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """(its latents, pre_bc) of one tile after another; the memory is used again."""
         n_tokens, dict_size = len(self.z_bD), len(self.weight_FD)
-        width = max(1, TILE_ENTRIES // n_tokens) if self.z_bD.device.type == "cpu" else dict_size
+        width = max(1, TILE_ENTRIES // n_tokens) if self.tiled else dict_size
         memory = self.z_bD.new_empty(n_tokens * min(width, dict_size))
         for first in range(0, dict_size, width):
             latents = slice(first, min(first + width, dict_size))
@@ -176,14 +181,13 @@ def encode_batch_topk(
 
     def choose(encoder: Encoder) -> Chosen:
         width = len(encoder.weight_FD)
-        if x_BD.device.type != "cpu":  # one radix select: no data-dependent shapes, no host sync
-            ((_, pre_BF),) = encoder.tiles()
-            top = pre_BF.relu_().flatten().topk(min(n, pre_BF.numel()), sorted=False)
-            flat_N, order = top.indices.sort()
-            token_N = torch.div(flat_N, width, rounding_mode="floor")
-            chosen = top.values[order], token_N, flat_N - token_N * width
-        else:
+        if encoder.tiled:
             chosen = _largest(_candidates(encoder, n, guess, shard), n)
+        else:  # one radix select: no data-dependent shapes, no host sync
+            ((_, pre_BF),) = encoder.tiles()
+            pre_N, flat_N = _largest_of_all(pre_BF, min(n, pre_BF.numel()), guess)
+            token_N = torch.div(flat_N, width, rounding_mode="floor")
+            chosen = pre_N, token_N, flat_N - token_N * width
         if shard.size == 1:
             return chosen
         flat_N = (chosen[1] * shard.size + shard.rank) * width + chosen[2]  # over the whole batch and all latents
@@ -191,6 +195,15 @@ def encode_batch_topk(
 
     features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose)
     return replace(features, values=torch.relu(features.values))
+
+
+def _largest_of_all(pre_BF: Tensor, n: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(relu(pre)_n, flat index_n) of the n largest, ascending by index."""
+    if (kernels := triton_ops()) is not None:
+        return kernels.select_batch_topk(pre_BF, n, guess)
+    top = pre_BF.relu_().flatten().topk(n, sorted=False)
+    flat_N, order = top.indices.sort()
+    return top.values[order], flat_N
 
 
 def _above(encoder: Encoder, bound: Tensor | float) -> Chosen:
@@ -247,39 +260,43 @@ def _taken(chosen: Chosen, keep_N: Tensor) -> Chosen:
 
 
 def _topk(encoder: Encoder, k: int) -> Chosen:
-    """The k largest of each token, of relu(pre).
-
-    A token's first tile is a sample of its pre-activations, and one of the sample's large values a bound that probably,
-    and for most tokens, k of all of them exceed; a bound that k exceed cannot cut one of the k largest.  Where fewer
-    do, that token's are all looked at.
-    """
+    """The k largest of each token, of relu(pre)."""
     parts = []
     for block in encoder.blocks():
-        candidates, bound_b1 = Candidates(block), None
-        for latents, pre_bc in block.tiles():
-            if bound_b1 is None:
-                # twice as many as the sample's share of k, and some: 3 standard deviations if latents are alike
-                rank = 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
-                if 4 * rank > pre_bc.shape[1]:  # then to look at all is cheaper
-                    break
-                bound_b1 = pre_bc.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0)
-            candidates.add(pre_bc, pre_bc > bound_b1, latents)
-        if bound_b1 is None:
-            pre_bK, latent_bK = _topk_of_all(block, k)
-        else:
-            pre_bK, latent_bK, missing_r = candidates.largest_of_each_token(k)
-            if len(missing_r):
-                pre_bK[missing_r], latent_bK[missing_r] = _topk_of_all(replace(block, z_bD=block.z_bD[missing_r]), k)
+        pre_bK, latent_bK = _topk_by_bound(block, k) if block.tiled else _topk_of_all(block, k)
         token_b = torch.arange(block.first_token, block.first_token + len(pre_bK), device=pre_bK.device)
         parts.append((pre_bK.flatten(), token_b.repeat_interleave(k), latent_bK.flatten()))
     return _joined(parts)
 
 
+def _topk_by_bound(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
+    """(relu(pre)_bK, latent_bK), in one pass over the tiles.
+
+    A token's first tile is a sample of its pre-activations, and one of the sample's large values a bound that probably,
+    and for most tokens, k of all of them exceed; a bound that k exceed cannot cut one of the k largest.  Where fewer
+    do, that token's are all looked at.
+    """
+    candidates, bound_b1 = Candidates(block), None
+    for latents, pre_bc in block.tiles():
+        if bound_b1 is None:
+            # twice as many as the sample's share of k, and some: 3 standard deviations if latents are alike
+            rank = 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
+            if 4 * rank > pre_bc.shape[1]:  # then to look at all is cheaper
+                return _topk_of_all(block, k)
+            bound_b1 = pre_bc.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0)
+        candidates.add(pre_bc, pre_bc > bound_b1, latents)
+    pre_bK, latent_bK, missing_r = candidates.largest_of_each_token(k)
+    if len(missing_r):
+        pre_bK[missing_r], latent_bK[missing_r] = _topk_of_all(replace(block, z_bD=block.z_bD[missing_r]), k)
+    return pre_bK, latent_bK
+
+
 def _topk_of_all(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(relu(pre)_bK, latent_bK), from all F of each token, a few tokens at a time."""
-    n = max(1, TILE_ENTRIES // len(block.weight_FD)) if block.z_bD.device.type == "cpu" else len(block.z_bD)
-    tops = [
-        torch.addmm(block.bias_F, z_bD, block.weight_FD.T).relu_().topk(k, dim=1, sorted=False)
-        for z_bD in block.z_bD.split(n)
-    ]
-    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+    n = max(1, TILE_ENTRIES // len(block.weight_FD)) if block.tiled else len(block.z_bD)
+    kernels, tops = triton_ops(), []
+    for z_bD in block.z_bD.split(n):
+        pre_bF = torch.addmm(block.bias_F, z_bD, block.weight_FD.T)
+        tops.append(pre_bF.relu_().topk(k, dim=1, sorted=False) if kernels is None else kernels.select_topk(pre_bF, k))
+    values, indices = zip(*tops, strict=True)
+    return torch.cat(values), torch.cat(indices)

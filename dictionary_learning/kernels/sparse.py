@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .backend import triton_ops
 from .shard import WHOLE, Shard
 
 
@@ -107,6 +108,7 @@ def _offsets(key_N: Tensor, n_bags: int) -> Tensor:
 
 
 def _bag(index_N: Tensor, table: Tensor, offsets: Tensor, weights_N: Tensor) -> Tensor:
+    """The weighted sum of table rows of each bag."""
     return torch.nn.functional.embedding_bag(index_N, table, offsets, mode="sum", per_sample_weights=weights_N)
 
 
@@ -124,12 +126,16 @@ class _SparseDecode(torch.autograd.Function):
         offsets_R = _offsets(row_N, n_rows)
         ctx.save_for_backward(values_N, table_FD, row_N, offsets_R)
         ctx.code, ctx.weight_dtype = code, decoder_FD.dtype
-        return _bag(code.latent_N, table_FD, offsets_R, values_N)
+        decode = _bag if (kernels := triton_ops()) is None else kernels.decode
+        return decode(code.latent_N, table_FD, offsets_R, values_N)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         values_N, table_FD, row_N, offsets_R = ctx.saved_tensors
         grad_RD = grad_RD.to(values_N.dtype).contiguous()
+        if (kernels := triton_ops()) is not None:  # both in one walk
+            grads = kernels.decoder_backward(values_N, table_FD, grad_RD, row_N, *ctx.code.by_latent)
+            return grads[0], grads[1].to(ctx.weight_dtype), None, None, None
         grad_values_N = grad_decoder_FD = None
         if ctx.needs_input_grad[0]:
             grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
@@ -156,16 +162,16 @@ class _PreActivations(torch.autograd.Function):
         z_BD, encoder_FD = ctx.saved_tensors
         code: Code = ctx.code
         order_N, offsets_F = code.by_latent
-        grad_encoder_FD = _bag(code.token_N[order_N], z_BD, offsets_F, grad_N[order_N].to(z_BD.dtype))
-        grad_bias_F = grad_b_dec_D = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        if (kernels := triton_ops()) is not None:
+            grad_encoder_FD, grad_bias_F = kernels.encoder_backward(grad_N, z_BD, code.token_N, order_N, offsets_F)
+        else:
+            grad_encoder_FD = _bag(code.token_N[order_N], z_BD, offsets_F, grad_N[order_N].to(z_BD.dtype))
             grad_bias_F = encoder_FD.new_zeros(code.dict_size)
             grad_bias_F.index_add_(0, code.latent_N, grad_N.to(encoder_FD.dtype))
-        if ctx.needs_input_grad[4]:
-            # summed over the batch first, the gradient through x - b_dec is a matrix-vector product, not a matmul
-            assert grad_bias_F is not None
-            grad_b_dec_D = -(grad_bias_F @ encoder_FD)
-        return None, None, grad_encoder_FD.to(encoder_FD.dtype), grad_bias_F, grad_b_dec_D, None
+        grad_encoder_FD, grad_bias_F = grad_encoder_FD.to(encoder_FD.dtype), grad_bias_F.to(encoder_FD.dtype)
+        # summed over the batch first, the gradient through x - b_dec is a matrix-vector product, not a matmul
+        grad_b_dec_D = -(grad_bias_F @ encoder_FD) if ctx.needs_input_grad[4] else None
+        return None, None, grad_encoder_FD, grad_bias_F, grad_b_dec_D, None
 
 
 def pre_activations(

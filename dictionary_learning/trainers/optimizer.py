@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import WHOLE, Shard
-from ..kernels.adam import adam_, gradient_norms
+from ..kernels.backend import optimizer
 
 # parameters that keep the reference's (D, F) shape; every matrix lies in memory as one contiguous row per latent
 TRANSPOSED = {"W_enc", "decoder.weight"}
@@ -76,13 +76,13 @@ class ConstrainedAdam(nn.Module):
         with_grad = [(name, parameter) for name, parameter in ae.named_parameters() if parameter.grad is not None]
         # of what every process has alike, and of this process's latents
         shared_square, own_square = loss.new_zeros((), dtype=torch.float32), loss.new_zeros((), dtype=torch.float32)
-        along = {}
+        kernels, along = optimizer(), {}
         for name, parameter in with_grad:
             assert parameter.grad is not None
             if name in REPLICATED:
                 parameter.grad = self.shard.sum(parameter.grad)
             constrained = self.unit_norm is not None and name in DECODERS
-            square, along[name] = gradient_norms(
+            square, along[name] = kernels.gradient_norms(
                 as_rows(name, parameter.grad),
                 as_rows(name, parameter) if constrained else None,
                 self.unit_norm.projection_eps if self.unit_norm else 0.0,
@@ -98,7 +98,7 @@ class ConstrainedAdam(nn.Module):
         scale = None if self.max_grad_norm is None else (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         for name, parameter in with_grad:
             assert parameter.grad is not None
-            adam_(
+            kernels.adam_(
                 as_rows(name, parameter),
                 as_rows(name, parameter.grad),
                 *self.moments(name),
