@@ -2,9 +2,13 @@
 
 This file is the command line: it turns flags and demo_config.py into a plan, checks it, and walks the plan through
 training, evaluation, plot and upload.  The science is in `dictionary_learning/`.
+
+Started by torchrun, every process (rank) walks the same plan: each trains and evaluates its share of the SAEs and runs
+the language model on its share of the text; rank 0 speaks, and writes what belongs to the whole run.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,8 +25,10 @@ import demo_config
 from demo_config import ARCHITECTURES, LLM_CONFIG, PRESETS, TINY_MODEL, Schedule, Sweep
 
 if TYPE_CHECKING:
-    from dictionary_learning.evaluation import Evaluation
+    from dictionary_learning.checkpoint import SavedState
+    from dictionary_learning.kernels import Shard
     from dictionary_learning.tracking import Tracker
+    from dictionary_learning.world import World
 
 INTERRUPTED = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
@@ -38,9 +44,12 @@ examples:
       --mixed_dataset --use_wandb --hf_repo_id USER/REPO
   python demo.py --model_name ./my-finetune --layers 12 --dataset ./texts --text_column body --epochs 2
       any causal LM and any text, from the Hub or the disk
+  torchrun --nproc_per_node 8 demo.py --model_name google/gemma-2-2b --layers 5 12 19
+      the same sweep on eight GPUs
 
 exit codes: 0 done, 2 something to mend in the command or its surroundings, {INTERRUPTED} stopped after a saved state
-(by a signal, or for want of text) and resumable with --resume, 130 stopped at once by a second Ctrl-C.
+(by a signal, for want of text, or because a process was lost) and resumable with --resume, 130 stopped at once by a
+second Ctrl-C.
 """
 
 
@@ -83,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--private", action="store_true", help="create that repo as a private one")
     run.add_argument("--upload_only", metavar="FOLDER", help="upload this run folder, do nothing else")
     run.add_argument("--report", action="store_true", help="write a page of its latents for every SAE")
+    run.add_argument(
+        "--shard_latents", type=_count, default=1, metavar="N", help="under torchrun, split every SAE over N processes"
+    )
+    run.add_argument(
+        "--timeout_minutes", type=float, default=20, help="under torchrun, how long processes wait for each other"
+    )
     run.add_argument("--trust_remote_code", action="store_true", help="let the model's repo bring code of its own")
 
     sweep = parser.add_argument_group("the sweep (defaults: demo_config.py)")
@@ -148,6 +163,8 @@ class Plan:
     layers: list[int]
     architectures: list[str]
     device: str
+    world: "World"
+    text_shards: int
     activation_dim: int
     n_layers: int
     llm_parameters: int
@@ -159,6 +176,16 @@ class Plan:
     @property
     def autocast(self) -> str:
         return self.sweep.autocast or ("bfloat16" if self.device.startswith("cuda") else "float32")
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The ranks of each owner of SAEs: with --shard_latents N, N neighbours."""
+        n = self.args.shard_latents
+        return [list(range(first, first + n)) for first in range(0, self.world.size, n)]
+
+    def led(self, owners: list[int]) -> list[int]:
+        """The SAEs that this rank writes: of its group's, if it is the first of the group."""
+        return [i for i, owner in enumerate(owners) if self.world.rank == self.groups[owner][0]]
 
     @property
     def sae_folders(self) -> list[Path]:
@@ -179,6 +206,7 @@ class Plan:
             "preset": self.args.preset,
             "mixed_dataset": self.args.mixed_dataset,
             **dataclasses.asdict(self.sweep),
+            "text_shards": self.text_shards,
             "dataset": self.dataset,
             "eval_dataset": self.eval_dataset,
             "eval_is_held_out": self.held_out,
@@ -193,13 +221,13 @@ def run_folder(args: argparse.Namespace, architectures: list[str]) -> Path:
     return Path(args.save_dir) / "_".join([name.replace("/", "_"), *architectures])
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace, world: "World") -> Plan:
     """Resolve the flags against the model and the machine; ValueError for what cannot work."""
     sweep = resolve_sweep(args)
     schedule = demo_config.get_schedule(sweep)
     from dictionary_learning.model import model_shape, resolve_device
 
-    device = str(resolve_device(args.device))
+    device = str(world.place(resolve_device(args.device)))
     shape = model_shape(args.model_name, revision=args.revision, trust_remote_code=args.trust_remote_code)
     layers = args.layers or _default_layers(args, shape.n_layers)
     if len(set(layers)) != len(layers):
@@ -225,6 +253,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ]
     for config in configs:  # the trainers' own checks, before anything is loaded
         config["trainer"].Config(**{name: value for name, value in config.items() if name != "trainer"})
+    check_split(args, sweep, world)
+    if sweep.kernels == "triton" and not device.startswith("cuda"):
+        raise ValueError(f"--kernels triton needs a GPU, not --device {device}.")
     if sweep.buffer_tokens < 2 * sweep.sae_batch_size:
         raise ValueError(
             f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
@@ -242,6 +273,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         layers=layers,
         architectures=architectures,
         device=device,
+        world=world,
+        text_shards=sweep.text_shards or world.size,
         activation_dim=shape.activation_dim,
         n_layers=shape.n_layers,
         llm_parameters=shape.n_parameters,
@@ -250,6 +283,17 @@ def make_plan(args: argparse.Namespace) -> Plan:
         eval_dataset=eval_dataset,
         held_out=eval_dataset == dataset,
     )
+
+
+def check_split(args: argparse.Namespace, sweep: Sweep, world: "World") -> None:
+    n = args.shard_latents
+    if world.size % n:
+        raise ValueError(f"--shard_latents {n} needs a multiple of {n} processes from torchrun, not {world.size}.")
+    for width in sweep.dictionary_widths:
+        if width % n:
+            raise ValueError(f"--shard_latents {n} cannot split {width} latents evenly.")
+    if n > 1 and sweep.resample_steps:
+        raise ValueError("--shard_latents cannot be combined with --resample_steps.")
 
 
 def _default_layers(args: argparse.Namespace, n_layers: int) -> list[int]:
@@ -279,8 +323,8 @@ def needs(plan: Plan) -> Needs:
     return Needs(
         llm=plan.llm_parameters * element,
         buffer=buffer,
-        saes=12 * sum(parameters),
-        step=4 * (max(parameters) + 2 * sweep.sae_batch_size * width),
+        saes=12 * sum(parameters) // plan.world.size,
+        step=4 * (max(parameters) + 2 * sweep.sae_batch_size * width) // plan.args.shard_latents,
         disk=4 * n_files * sum(parameters) + 3 * (12 * sum(parameters) + buffer),
     )
 
@@ -318,6 +362,7 @@ def print_plan(plan: Plan) -> None:
         *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
         "memory: " + ", ".join(f"{name} {_size(size)}" for name, size in memory(plan).items()),
         f"disk: {_size(needs(plan).disk)} in {plan.folder}",
+        *([f"{plan.world.size} processes share the SAEs and the text"] if plan.world.size > 1 else []),
     ]
     print("\n".join(lines))
 
@@ -367,7 +412,7 @@ def check_text(plan: Plan) -> None:
 # -- the run
 
 
-def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool) -> Any:
+def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:
     """Batches of contexts, for training or for evaluation."""
     from dictionary_learning.data import open_batches
 
@@ -387,14 +432,18 @@ def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool) -> Any:
         chat_fraction=sweep.chat_fraction,
         chat_pack=sweep.pack_chats,
         seed=sweep.random_seeds[0],
+        shard=shard,
     )
 
 
-def prepare_folder(plan: Plan) -> dict[str, Any] | None:
-    """Make the run folder and its run.json.  Returns the state to resume from, if there is one."""
-    from dictionary_learning.checkpoint import load_state, read_json, write_json
+def prepare_folder(plan: Plan) -> dict[str, Any]:
+    """Make the run folder, or find the run in it that is to be resumed.  Returns its run.json."""
+    from dictionary_learning.checkpoint import read_json, write_json
+    from dictionary_learning.world import job, restarted
 
-    record, state = plan.folder / "run.json", None
+    record = plan.folder / "run.json"
+    if restarted() and record.exists() and read_json(record).get("job") == job():
+        plan.args.resume = True  # what failed was this very run
     if plan.folder.exists() and plan.args.overwrite and not plan.args.resume:
         if any(plan.folder.iterdir()) and not record.exists():
             raise ValueError(f"{plan.folder} is not the folder of a run, so --overwrite leaves it alone.")
@@ -404,22 +453,22 @@ def prepare_folder(plan: Plan) -> dict[str, Any] | None:
             raise ValueError(
                 f"{plan.folder} holds a run already: give --resume to continue it or --overwrite to replace it."
             )
-        refuse_changes(read_json(record)["settings"], json.loads(json.dumps(plan.settings())))
-        state = load_state(plan.folder / "resume")
+        settings = read_json(record)["settings"]
+        plan.text_shards = plan.sweep.text_shards or settings.get("text_shards", 1)  # whatever the processes now
+        refuse_changes(settings, json.loads(json.dumps(plan.settings())))
     elif plan.args.resume:
         raise ValueError(f"there is no run to resume in {plan.folder}.")
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise ValueError(f"{plan.folder} exists and holds other things: choose another --save_dir.")
-    if not record.exists():
-        write_json(
-            record,
-            {
-                "settings": plan.settings(),
-                "command": shlex.join(["python", *plan.args.command]),
-                "versions": versions(),
-            },
-        )
-    return state
+    begun = {
+        "settings": plan.settings(),
+        "command": shlex.join(["python", *plan.args.command]),
+        "versions": versions(),
+    }
+    content = (read_json(record) if record.exists() else begun) | {"job": job()}
+    if not record.exists() or content["job"] is not None:
+        write_json(record, content)
+    return content
 
 
 # What may differ between a run and its continuation: it changes no weight.
@@ -447,7 +496,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
+def share_out(plan: Plan, shard: "Shard") -> list[int]:
+    """The owner of each SAE, a rank or a group of ranks, such that all have about the same work by the clock."""
+    import torch
+
+    from dictionary_learning.training import step_microseconds
+    from dictionary_learning.world import spread
+
+    world, configs = plan.world, plan.configs
+    if len(plan.groups) == 1:
+        return [0] * len(configs)
+    # what a step costs depends on these; an SAE of each kind is timed by one of the owners
+    kinds = [(c["trainer"].__name__, c["dict_size"], c.get("k")) for c in configs]
+    batch_size, autocast = plan.sweep.sae_batch_size, getattr(torch, plan.autocast)
+    timed = {
+        kind: step_microseconds(configs[kinds.index(kind)], batch_size, autocast, shard)
+        for kind in list(dict.fromkeys(kinds))[world.rank // shard.size :: len(plan.groups)]
+    }
+    # every rank takes what it is told, so that all come to the same owners
+    costs = {kind: cost for part in world.gather(timed) for kind, cost in part.items()}
+    return spread([costs[kind] for kind in kinds], [c["layer"] for c in configs], len(plan.groups))
+
+
+def train(
+    plan: Plan,
+    owners: list[int],
+    shard: "Shard",
+    state: "SavedState | None",
+    tracker: "Tracker",
+    wandb_ids: list[str],
+) -> None:
     import torch
 
     from dictionary_learning.buffer import ActivationBuffer
@@ -455,19 +533,33 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
     from dictionary_learning.model import load_model
     from dictionary_learning.training import Loop, make_runs
 
-    sweep = plan.sweep
-    lm = load_model(
-        plan.model_name,
-        device=plan.device,
-        dtype=getattr(torch, sweep.dtype),
-        last_layer=max(plan.layers),
-        attn_implementation=sweep.attn_implementation,
-        revision=plan.args.revision,
-        trust_remote_code=plan.args.trust_remote_code,
+    sweep, world = plan.sweep, plan.world
+    mine = [i for i, owner in enumerate(owners) if world.rank in plan.groups[owner]]
+    led = plan.led(owners)
+    readers: dict[int, set[int]] = {layer: set() for layer in plan.layers}
+    for config, owner in zip(plan.configs, owners, strict=True):
+        readers[config["layer"]].update(plan.groups[owner])
+    lm = world.together(
+        lambda: load_model(
+            plan.model_name,
+            device=plan.device,
+            dtype=getattr(torch, sweep.dtype),
+            last_layer=max(plan.layers),
+            attn_implementation=sweep.attn_implementation,
+            revision=plan.args.revision,
+            trust_remote_code=plan.args.trust_remote_code,
+        )
     )
-    text = open_text(plan, lm.tokenizer, evaluation=False)
+    world.connect(lm.device)
+    n = plan.text_shards
+    shards = world.together(
+        lambda: [
+            open_text(plan, lm.tokenizer, evaluation=False, shard=(s, n)) if s % world.size == world.rank else None
+            for s in range(n)
+        ]
+    )
     buffer = ActivationBuffer(
-        text,
+        shards,
         lm,
         plan.layers,
         n_tokens=sweep.buffer_tokens,
@@ -476,20 +568,24 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
         seed=sweep.random_seeds[0],
         mask=sweep.mask,
         max_norm_multiple=sweep.max_norm_multiple,
+        world=world,
+        readers={layer: sorted(ranks) for layer, ranks in readers.items()},
     )
     if state is not None:
-        buffer.load_state_dict(state["buffer"])
+        buffer.load_state_dict(state)
     norm_factors = buffer.norm_factors
-    runs = make_runs(plan.configs, plan.sae_folders, lambda layer: {**buffer.config(layer), "dataset": plan.dataset})
+    runs = make_runs(
+        plan.configs, plan.sae_folders, lambda layer: {**buffer.config(layer), "dataset": plan.dataset}, mine, shard
+    )
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:
         spent = {name: seconds - before[name] for name, seconds in buffer.seconds.items()}
         return {**spent, "SAE": time.monotonic() - started - sum(spent.values())}
 
-    def save(loop_state: dict[str, Any]) -> None:
-        whole = {**loop_state, "buffer": buffer.state_dict(), "wandb_ids": tracker.ids}
-        save_state(plan.folder / "resume", whole)
+    def save(step: int, loop_state: dict[str, Any]) -> None:
+        entries = {**loop_state, **buffer.state_dict()} | ({"wandb_ids": wandb_ids} if world.rank == 0 else {})
+        save_state(plan.folder / "resume", step, entries, world=world)
 
     loop = Loop(
         runs,
@@ -502,8 +598,10 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
         backup_steps=sweep.backup_steps,
         backup_minutes=sweep.backup_minutes,
         save_state=save,
-        track=lambda i, record: tracker.log(i, record, record["step"]),
+        track=lambda i, record: tracker.log(led.index(i), record, record["step"]),
         timings=timings,
+        show_progress=world.rank == 0,
+        world=world,
     )
     if state is not None:
         loop.load_state_dict(state)
@@ -517,24 +615,26 @@ def train(plan: Plan, state: dict[str, Any] | None, tracker: "Tracker") -> None:
             "--dictionary_widths, --target_l0s), or lower --sae_batch_size or --buffer_tokens."
         ) from error
     finally:
-        text.close()
-    finish_training(plan, buffer, loop, tracker.ids, time.monotonic() - started)
+        for shard in filter(None, shards):
+            shard.close()
+    world.gather(None)  # every SAE is written
+    world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, time.monotonic() - started), rank=0)
 
 
-def open_tracker(plan: Plan, ids: list[str]) -> "Tracker":
-    """W&B runs for the SAEs, continued where they have ids already; or what keeps nothing."""
+def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> "Tracker":
+    """W&B runs for these SAEs, continued where the SAEs of the run have ids already; or what keeps nothing."""
     from dictionary_learning.tracking import Tracker, WandbRuns
 
     if not plan.args.use_wandb:
         return Tracker()
     return WandbRuns(
-        [config["wandb_name"] for config in plan.configs],
-        [{**config, "trainer": config["trainer"].__name__} for config in plan.configs],
+        [plan.configs[i]["wandb_name"] for i in mine],
+        [{**plan.configs[i], "trainer": plan.configs[i]["trainer"].__name__} for i in mine],
         project=plan.sweep.wandb_project,
         entity=plan.sweep.wandb_entity,
         group=plan.folder.name,
         folder=plan.folder,
-        ids=ids,
+        ids=[ids[i] for i in mine] if ids else [],
     )
 
 
@@ -564,34 +664,44 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], se
 # -- evaluation
 
 
-def evaluate(plan: Plan, folders: list[Path]) -> "dict[Path, Evaluation]":
-    """Evaluate SAE folders on the same held-out text; returns those that could be loaded."""
-    import torch
-    from safetensors.torch import save_file
+def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
+    """Evaluate SAE folders on the same held-out text; returns the results of those that could be loaded."""
+    from dictionary_learning.checkpoint import load_dictionary
 
-    from dictionary_learning.checkpoint import load_dictionary, write_atomic, write_json
-    from dictionary_learning.evaluation import evaluate_saes
-    from dictionary_learning.model import load_model
-
-    saes, norm_bounds, broken = [], {}, []
-    for folder in folders:
+    world, saes, norm_bounds = plan.world, [], {}
+    for folder in folders[len(folders) * world.rank // world.size : len(folders) * (world.rank + 1) // world.size]:
         try:
             ae, config = load_dictionary(folder)
+            trained_on = str(config["trainer"].get("lm_name"))
+            if Path(trained_on).name != Path(plan.model_name).name:
+                raise ValueError(f"it was trained on {trained_on}: give --model_name {trained_on}")
         except (ValueError, OSError) as error:
-            broken.append(f"{folder}: {error}")
-            continue
-        trained_on = str(config["trainer"].get("lm_name"))
-        if Path(trained_on).name != Path(plan.model_name).name:
-            broken.append(f"{folder}: it was trained on {trained_on}: give --model_name {trained_on}")
+            print(f"not evaluated: {folder}: {error}", file=sys.stderr)
             continue
         layer = int(config["trainer"]["layer"])
         saes.append((str(folder), ae, layer))
         if config["buffer"].get("median_norm"):
             norm_bounds[layer] = config["buffer"]["median_norm"] * config["buffer"]["max_norm_multiple"]
-    for sentence in broken:
-        print(f"not evaluated: {sentence}", file=sys.stderr)
-    if not saes:
+    shares = world.gather((len(saes), norm_bounds))
+    if not any(n for n, _ in shares):
         raise ValueError(f"there is no SAE to evaluate in {', '.join(map(str, folders)) or plan.folder}.")
+    norm_bounds = {layer: bound for _, bounds in shares for layer, bound in bounds.items()}
+    parts = world.gather(world.together(lambda: evaluate_share(plan, saes, norm_bounds) if saes else {}))
+    results = {Path(name): result for part in parts for name, result in part.items()}
+    if world.rank == 0:
+        print_table(results)
+    return results
+
+
+def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: dict[int, float]) -> dict[str, Any]:
+    """Evaluate this rank's share of the SAEs, (folder, SAE, layer), and write what comes out into their folders."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dictionary_learning.checkpoint import write_atomic, write_json
+    from dictionary_learning.evaluation import evaluate_saes
+    from dictionary_learning.model import load_model
+
     lm = load_model(
         plan.model_name,
         device=plan.device,
@@ -618,26 +728,25 @@ def evaluate(plan: Plan, folders: list[Path]) -> "dict[Path, Evaluation]":
         mask=plan.sweep.mask,
         norm_bounds=norm_bounds,
         hyperparameters={"dataset": plan.eval_dataset, "held_out": plan.held_out},
-        show_progress=True,
+        show_progress=plan.world.rank == 0,
     )
     for name, evaluation in evaluations.items():
         write_json(Path(name) / "eval_results.json", evaluation.results)
         if evaluation.density_F is not None:
             density = {"density": evaluation.density_F.float().contiguous()}
             write_atomic(Path(name) / "density.safetensors", lambda tmp, density=density: save_file(density, tmp))
-    print_table(evaluations)
-    return {Path(name): evaluation for name, evaluation in evaluations.items()}
+    return {name: evaluation.results for name, evaluation in evaluations.items()}
 
 
-def print_table(evaluations: "dict[str, Evaluation]") -> None:
+def print_table(evaluations: dict[Path, dict[str, Any]]) -> None:
     from dictionary_learning.checkpoint import read_json
 
     trainer_names = {row.trainer: name for name, row in ARCHITECTURES.items()}
     rows: list[tuple[str, ...]] = [
         ("layer", "architecture", "width", "setting", "L0", "loss recovered", "variance explained", "alive")
     ]
-    for name, evaluation in evaluations.items():
-        trainer, results = read_json(Path(name) / "config.json")["trainer"], evaluation.results
+    for folder, results in evaluations.items():
+        trainer = read_json(folder / "config.json")["trainer"]
         architecture = trainer_names.get(trainer["trainer_class"], trainer["trainer_class"])
         varies = ARCHITECTURES[architecture].varies if architecture in ARCHITECTURES else ""
         setting = f"{varies} {trainer.get(varies, '')}"
@@ -647,72 +756,119 @@ def print_table(evaluations: "dict[str, Evaluation]") -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for name, evaluation in evaluations.items():
+    for folder, results in evaluations.items():
         for kind in ("error", "warning"):
-            if kind in evaluation.results:
-                print(f"{kind}: {name}: {evaluation.results[kind]}", file=sys.stderr)
+            if kind in results:
+                print(f"{kind}: {folder}: {results[kind]}", file=sys.stderr)
 
 
 # -- commands
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    args.command = ["demo.py", *(sys.argv[1:] if argv is None else argv)]
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh gradients fault in 512 times as fast
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        args = parse(argv)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh gradients fault in 512 times as fast
+        return walk(args)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
-        return run(args)
+        with contextlib.redirect_stderr(sys.stdout if os.environ.get("RANK", "0") != "0" else sys.stderr):
+            args = build_parser().parse_args(argv)
+    except SystemExit:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends all processes with the first that fails: let rank 0 say why
+        raise
+    args.command = ["demo.py", *(sys.argv[1:] if argv is None else argv)]
+    return args
+
+
+def walk(args: argparse.Namespace) -> int:
+    """Run the command in the world that torchrun made, if it did; an error becomes a sentence and an exit code."""
+    from dictionary_learning.world import AgreedError, LostProcess, World
+
+    world = World()
+    try:
+        world = World.start(args.timeout_minutes)
+        code = run(args, world)
+        if code == INTERRUPTED:
+            world.gather(None)  # torchrun ends all processes with the first that ends like this
+        world.close()
+        return code
+    except LostProcess as lost:
+        world.tell(f"{lost}; continue with the same command and --resume")
+        return INTERRUPTED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        whose = "" if world.size == 1 or isinstance(error, AgreedError) else f"rank {world.rank}: "
+        world.tell(f"error: {whose}{error}")
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; --resume continues from the last saved state", file=sys.stderr)
+        world.tell("stopped at once; --resume continues from the last saved state")
         return 130
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, world: "World") -> int:
     if args.upload_only is not None:
-        return upload(args, Path(args.upload_only))
-    plan = make_plan(args)
+        return upload(args, Path(args.upload_only)) if world.rank == 0 else 0
+    plan = world.together(lambda: make_plan(args, world))
     if args.eval_only is not None:
         return evaluate_only(plan)
+    world.together(lambda: check(plan), rank=0)
+    return 0 if args.dry_run else carry_out(plan)
+
+
+def check(plan: Plan) -> None:
+    """Print the plan, and find out what stands in its way before anything is loaded."""
     print_plan(plan)
     check_disk(plan)
     check_text(plan)
-    if args.dry_run:
-        return 0
-    if args.hf_repo_id:
+    args = plan.args
+    if args.hf_repo_id and not args.dry_run:
         from dictionary_learning.hub import check_repo
 
         print(check_repo(args.hf_repo_id, private=args.private) or f"uploads go to {args.hf_repo_id}")
-    return carry_out(plan)
 
 
 def carry_out(plan: Plan) -> int:
     """Train, evaluate, plot, report, upload; what an earlier part of the run has done is not done again."""
-    from dictionary_learning.checkpoint import read_json
+    from dictionary_learning.checkpoint import load_state
+    from dictionary_learning.kernels import use_kernels
     from dictionary_learning.training import Interrupted
 
-    args, state = plan.args, prepare_folder(plan)
-    record = read_json(plan.folder / "run.json")
-    tracker = open_tracker(plan, (state or record).get("wandb_ids", []))
+    args, world, n_saes = plan.args, plan.world, len(plan.configs)
+    record, plan.text_shards = world.together(lambda: (prepare_folder(plan), plan.text_shards), rank=0)
+    trained = record.get("trained", False)
+    state = None if trained else load_state(plan.folder / "resume", world=world)
+    use_kernels(plan.sweep.kernels)
+    shard = world.split(args.shard_latents)
+    owners = [i % len(plan.groups) for i in range(n_saes)] if trained else share_out(plan, shard)
+    mine = plan.led(owners)
+    tracker = open_tracker(plan, mine, record.get("wandb_ids", []) if state is None else state["wandb_ids"])
+    ids = {i: name for part in world.gather(dict(zip(mine, tracker.ids, strict=False))) for i, name in part.items()}
     try:
-        if not record.get("trained"):
-            train(plan, state, tracker)
+        if not trained:
+            train(plan, owners, shard, state, tracker, [ids[i] for i in sorted(ids)])
         if not args.no_eval:
-            evaluations = evaluate(plan, plan.sae_folders)
-            for i, folder in enumerate(plan.sae_folders):
-                if folder in evaluations:
-                    tracker.summary(i, evaluations[folder].results)
-            plot(plan.folder)
+            results = evaluate(plan, plan.sae_folders)
+            for n, i in enumerate(mine):
+                if plan.sae_folders[i] in results:
+                    tracker.summary(n, results[plan.sae_folders[i]])
+            if world.rank == 0:
+                plot(plan.folder)
     except Interrupted as stop:
-        again = shlex.join([word for word in args.command if word not in ("--resume", "--overwrite")])
-        print(f"{stop}. Continue with: python {again} --resume", file=sys.stderr)
+        again = shlex.join(["python", *(word for word in args.command if word not in ("--resume", "--overwrite"))])
+        world.tell(f"{stop}. Continue with: {again if world.size == 1 else 'the same command and'} --resume")
         return INTERRUPTED
     finally:
         for sentence in tracker.finish():
             print(sentence, file=sys.stderr)
+    if world.rank > 0:
+        return 0
     if args.report:
         from dictionary_learning.report import write_reports
 
@@ -727,7 +883,8 @@ def evaluate_only(plan: Plan) -> int:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder.")
         evaluate(plan, find_saes(folder))
-        plot(folder)
+        if plan.world.rank == 0:
+            plot(folder)
     return 0
 
 
@@ -749,4 +906,11 @@ def upload(args: argparse.Namespace, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        # Threads of torch.distributed that still let go of Python objects can abort a process that ends in Python's
+        # own way, and torchrun would end rank 0 with it.  All that has to be closed is closed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

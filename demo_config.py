@@ -49,6 +49,9 @@ class Sweep:
     epochs: int = option(1, "times the dataset may be read")
     chat_dataset: str = option("lmsys/lmsys-chat-1m", "conversations for --mixed_dataset")
     chat_fraction: float = option(0.1, "share of the tokens that --mixed_dataset takes from them")
+    text_shards: int | None = option(
+        None, "parts of the text that take turns; as many processes can run the language model; default: one for each"
+    )
     pack_chats: bool = option(False, "pack chats together instead of one to a context")
     # -- the language model
     context_length: int = option(1024, "tokens a context")
@@ -59,6 +62,7 @@ class Sweep:
     sae_batch_size: int = option(2048, "activations a training step")
     buffer_tokens: int = option(250_000, "activations the buffer shuffles among")
     autocast: str | None = option(None, "dtype of the SAEs' matmuls; default bfloat16 on CUDA", ("float32", "bfloat16"))
+    kernels: str = option("torch", "of the SAEs' training steps; triton is for GPUs", ("torch", "triton"))
     mask: bool = option(True, "leave out bos, padding and positions of outlying norm")
     max_norm_multiple: float = option(10.0, "a norm above this many medians is an outlier")
     # -- evaluation, logging, saving

@@ -1,15 +1,23 @@
 """The activation buffer: batches of text in, shuffled batches of activations out.
 
-B texts or rows in a batch, L positions, D activation_dim, C capacity, U unread rows, N rows of one LLM batch.
+    text, in shards -> ActivationSource: LLM, mask, exchange between ranks -> ActivationBuffer: shuffling -> SAEs
+
+B texts or rows in a batch, L positions, D activation_dim (0 for a layer that no SAE of this rank reads), C capacity,
+U unread rows, N rows of one LLM batch, W LLM batches of a wave.
 """
 
-from collections.abc import Iterable
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .world import World
 
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
 
@@ -47,165 +55,201 @@ def position_mask(
     return keep_BL, {"tokens": tokens, "padding": padding, "bos": bos, "outliers": outliers}
 
 
-class ActivationBuffer:
-    """An iterator over {layer: x_BD}: raw activations of the same B random positions of the text, in the LLM's dtype.
+@dataclass
+class Wave:
+    """LLM batches that the ranks run at the same time: {layer: x_ND} of each, there after `arrived()`."""
 
-    Every position of the text that is not masked is served exactly once; the last batch may be shorter. The buffer
-    is filled from the text until C positions are in it, and filled up again when fewer than half are unread.
+    batches: list[dict[int, Tensor]]
+    n_rows: int
+    arrived: Callable[[], None]
 
-    batches: iterator of (tokens_BL, mask_BL) with state_dict and load_state_dict.
-    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype, bos_id).
-    n_tokens: C. seed: of the order in which positions are served.
-    mask: False keeps every position that is not padding.
-    max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.
-    Raises ValueError where C is smaller than a batch, and, at the first fill, where the whole text is.
+
+class ActivationSource:
+    """The activations of all unmasked positions of the text, {layer: x_ND} an LLM batch.
+
+    The text comes in S shards that take turns: LLM batch i is of shard i % S, and a shard that has ended is passed
+    over. Rank s % world.size runs the LLM on shard s, and the rows of a layer travel to the ranks that read it; neither
+    their order nor their bits depend on the number of ranks. The ranks work in waves: each runs its batches of the next
+    turns, all learn how many rows these have, and while the rows travel the next wave is run.
+
+    shards: for each an iterator of (tokens_BL, mask_BL) with state_dict and load_state_dict; None where the LLM runs
+        on another rank.
+    readers: {layer: the ranks that have SAEs of it}.
     """
 
     _PLAIN_STATE = (
         "counts",
         "seconds",
         "llm_batch_halvings",
-        "_llm_batch_size",
-        "_context_length",
-        "_median_norms",
-        "_norm_factors",
-        "_text_is_left",
-        "_filling",
+        "llm_batch_size",
+        "context_length",
+        "median_norms",
+        "_turn",
+        "_ended",
     )
+    _REPORT = ("rows", "ended", "failed", "texts", "length", "halvings", "tokens", "padding", "bos", "outliers")
 
     def __init__(
         self,
-        batches: Any,
+        shards: Sequence[Any],
         lm: Any,
-        layers: Iterable[int],
+        layers: Sequence[int],
+        readers: Mapping[int, Sequence[int]],
+        world: World,
         *,
-        n_tokens: int,
-        out_batch_size: int,
-        device: str | torch.device | None = None,
-        seed: int = 0,
-        mask: bool = True,
-        max_norm_multiple: float = 10.0,
+        device: torch.device,
+        mask: bool,
+        max_norm_multiple: float,
     ):
-        if n_tokens < out_batch_size:
-            raise ValueError(f"a buffer of {n_tokens} tokens is smaller than a batch of {out_batch_size}: enlarge it")
-        self.batches, self.lm, self.layers = batches, lm, sorted(set(layers))
-        self.n_tokens, self.out_batch_size = n_tokens, out_batch_size
-        self.device = torch.device(lm.device if device is None else device)
-        self.mask, self.max_norm_multiple = mask, max_norm_multiple
-        self.generator = torch.Generator().manual_seed(seed)
-
+        self.shards, self.lm, self.layers, self.readers, self.world = shards, lm, layers, readers, world
+        self.device, self.mask, self.max_norm_multiple = device, mask, max_norm_multiple
+        # equal on all ranks, except for the seconds
         self.counts = {"tokens": 0, "padding": 0, "bos": 0, "outliers": 0}
-        self.seconds = {"text": 0.0, "llm": 0.0}
+        self.seconds = {"text": 0.0, "llm": 0.0} | ({"exchange": 0.0} if world.size > 1 else {})
         self.llm_batch_halvings = 0
-        self._llm_batch_size = self._context_length = 0  # the largest seen
-        self._median_norms: dict[int, float] = {}
-        self._norm_factors: dict[int, float] = {}
+        self.llm_batch_size = self.context_length = 0  # the largest seen
+        self.median_norms: dict[int, float] = {}
+        self._turn = 0
+        self._ended = [False] * len(shards)
+        self._put_back: dict[int, tuple[Any, Any]] = {}  # {shard: (a batch to be taken again, the state before it)}
+        self._under_way: Wave | None = None
 
-        # rows order_C[cursor:] are unread, and read in this order; rows order_C[:cursor] are free
-        shape = n_tokens, lm.activation_dim
-        self._rows_CD = {layer: torch.empty(shape, dtype=lm.dtype, device=self.device) for layer in self.layers}
-        self._order_C = torch.arange(n_tokens, device=self.device)
-        self._cursor = n_tokens
-        self._surplus_ND: dict[int, Tensor] | None = None  # of the last LLM batch, for the next fill
-        self._text_is_left = True
-        self._filling = False  # stays true where an error of the text cut a fill short: the next one completes it
-
-    def __iter__(self) -> "ActivationBuffer":
-        return self
-
-    def __next__(self) -> dict[int, Tensor]:
-        self._fill_first()
-        if self._filling or (self._text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens):
-            self._fill()
-        rows_B = self._order_C[self._cursor : self._cursor + self.out_batch_size]
-        if len(rows_B) == 0:
-            raise StopIteration
-        self._cursor += len(rows_B)
-        return {layer: x_CD.index_select(0, rows_B) for layer, x_CD in self._rows_CD.items()}
+    def width(self, layer: int) -> int:
+        """D of the rows that this rank gets."""
+        return self.lm.activation_dim if self.world.rank in self.readers[layer] else 0
 
     @property
-    def norm_factors(self) -> dict[int, float]:
-        """{layer: sqrt(mean of |x|^2)} over the first 100 batches in the first fill, or all of it; fp32."""
-        self._fill_first()
-        return self._norm_factors
+    def text_is_left(self) -> bool:
+        """Whether there may be more to read: false when all shards are known to have ended."""
+        return self._under_way is not None or not all(self._ended)
 
-    @property
-    def median_norms(self) -> dict[int, float]:
-        """{layer: median norm} over the first LLM batch without bos and padding; empty with mask=False."""
-        self._fill_first()
-        return self._median_norms
-
-    @property
     def norm_bound(self) -> dict[int, float] | None:
-        """What `position_mask` takes: {layer: largest norm}, None with mask=False."""
-        self._fill_first()
-        return self._norm_bound()
+        return {layer: self.max_norm_multiple * median for layer, median in self.median_norms.items()} or None
 
-    def _norm_bound(self) -> dict[int, float] | None:
-        return {layer: self.max_norm_multiple * median for layer, median in self._median_norms.items()} or None
+    def read(self, n_rows: int) -> list[dict[int, Tensor]]:
+        """The next batches: as many as `n_rows` rows surely need, at least one; none at the end of the text.
 
-    def _fill_first(self) -> None:
-        if self._norm_factors:
-            return
-        self._fill()
-        n_unread = self.n_tokens - self._cursor
-        if n_unread < self.out_batch_size:
-            raise ValueError(
-                f"the text has {n_unread} positions to train on, fewer than a batch of {self.out_batch_size}: "
-                "give it more text"
-            )
-        first = self._order_C[self._cursor :][: NORM_FACTOR_BATCHES * self.out_batch_size].split(self.out_batch_size)
-        for layer, x_CD in self._rows_CD.items():
-            norms = torch.cat([_norms(x_CD.index_select(0, rows_B)).cpu() for rows_B in first])
-            self._norm_factors[layer] = norms.double().square().mean().sqrt().item()
+        Raises ConnectionError on all ranks where the text of one cannot be reached; nothing is lost.
+        """
+        wave = self._under_way = self._under_way or self._start(n_rows)
+        missing = n_rows - wave.n_rows
+        # one rank alone has nothing to wait for, and the rows of two waves take more memory
+        goes_on = self.world.size > 1 and missing > 0 and not all(self._ended)
+        self._under_way = self._start(missing) if goes_on else None
+        return self._arrived(wave)
 
-    def _fill(self) -> None:
-        """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows."""
-        self._filling = True
-        while self._cursor > 0:
-            x_by_layer = self._surplus_ND or self._read()
-            if x_by_layer is None:
-                break
-            n = min(self._cursor, len(x_by_layer[self.layers[0]]))
-            # backwards from the cursor, so that where a position lands does not depend on the LLM's batch size
-            rows_n = self._order_C[self._cursor - n : self._cursor].flip(0)
-            for layer, x_ND in x_by_layer.items():
-                self._rows_CD[layer].index_copy_(0, rows_n, x_ND[:n])
-            rest = {layer: x_ND[n:] for layer, x_ND in x_by_layer.items()}
-            self._surplus_ND = rest if len(rest[self.layers[0]]) else None
-            self._cursor -= n
-        unread_U = self._order_C[self._cursor :]
-        order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
-        self._order_C[self._cursor :] = unread_U[order_U]
-        self._filling = False
+    def drain(self) -> list[dict[int, Tensor]]:
+        """The batches that are under way because the wave after them failed."""
+        wave, self._under_way = self._under_way, None
+        return [] if wave is None else self._arrived(wave)
 
-    def _read(self) -> dict[int, Tensor] | None:
-        """{layer: x_ND} of the unmasked positions of the next batch of text, None at its end."""
-        if not self._text_is_left:
-            return None
+    def _arrived(self, wave: Wave) -> list[dict[int, Tensor]]:
         start = perf_counter()
-        batch = next(self.batches, None)
-        self.seconds["text"] += perf_counter() - start
-        if batch is None:
-            self._text_is_left = False
-            return None
-        tokens_BL, mask_BL = batch
-        self._llm_batch_size = max(self._llm_batch_size, tokens_BL.shape[0])
-        self._context_length = max(self._context_length, tokens_BL.shape[1])
+        wave.arrived()
+        if self.world.size > 1:
+            self.seconds["exchange"] += perf_counter() - start
+        return wave.batches
 
+    def _runner(self, shard: int) -> int:
+        return shard % self.world.size
+
+    def _mine(self) -> list[int]:
+        return [s for s in range(len(self.shards)) if self._runner(s) == self.world.rank]
+
+    def _next_turns(self, n_rows: int) -> list[int]:
+        """The shards of a wave, each at most once: a single one until the norms are known that the others need."""
+        order = [(self._turn + i) % len(self.shards) for i in range(len(self.shards))]
+        most_rows = self.llm_batch_size * self.context_length
+        n_batches = math.ceil(n_rows / most_rows) if most_rows and (self.median_norms or not self.mask) else 1
+        return [s for s in order if not self._ended[s]][:n_batches]
+
+    def _start(self, n_rows: int) -> Wave:
+        """Run the LLM on this rank's batches of a wave, and begin to send and receive rows."""
+        turns, me = self._next_turns(n_rows), self.world.rank
+        reports_W = torch.zeros(len(turns), len(self._REPORT) + len(self.layers), dtype=torch.float64)
+        taken: dict[int, tuple[Any, Any]] = {}
+        made: dict[int, dict[int, Tensor]] = {}
+        failure: ConnectionError | None = None
+        for report, s in zip(reports_W, turns, strict=True):
+            if self._runner(s) == me and failure is None:
+                try:
+                    taken[s] = self._take(s)
+                except ConnectionError as error:
+                    failure = error
+                    report[self._REPORT.index("failed")] = 1
+                    continue
+                if taken[s][0] is None:
+                    report[self._REPORT.index("ended")] = 1
+                else:
+                    made[s], numbers = self._run(*taken[s][0])
+                    report.copy_(torch.tensor(numbers, dtype=torch.float64))
+        start = perf_counter()
+        self.world.sum_(reports_W)
+        if self.world.size > 1:
+            self.seconds["exchange"] += perf_counter() - start
+        if reports_W[:, self._REPORT.index("failed")].any():
+            self._put_back |= taken
+            sentences = self.world.gather(None if failure is None else str(failure))
+            raise ConnectionError(next(s for s in sentences if s is not None)) from failure
+
+        batches, sends, receives, n_rows = [], [], [], 0
+        for report, s in zip(reports_W.tolist(), turns, strict=True):
+            self._turn = (s + 1) % len(self.shards)
+            N = self._note(s, report)
+            if N is None:
+                continue
+            x_by_layer = made.get(s) or {layer: self._empty(N, self.width(layer)) for layer in self.layers}
+            for layer, x_ND in x_by_layer.items() if N else ():
+                sends += [(x_ND, r) for r in self.readers[layer] if self._runner(s) == me != r]
+                receives += [(x_ND, self._runner(s)) for r in self.readers[layer] if r == me != self._runner(s)]
+            batches.append({k: x_ND if self.width(k) else self._empty(N, 0) for k, x_ND in x_by_layer.items()})
+            n_rows += N
+        return Wave(batches, n_rows, self.world.exchange(sends, receives))
+
+    def _empty(self, N: int, D: int) -> Tensor:
+        return torch.empty(N, D, dtype=self.lm.dtype, device=self.device)
+
+    def _note(self, shard: int, report: list[float]) -> int | None:
+        """Keep what the rank that ran a batch says about it. Returns its rows; None for the end of the shard."""
+        numbers = {name: int(value) for name, value in zip(self._REPORT, report, strict=False)}
+        if numbers["ended"]:
+            self._ended[shard] = True
+            return None
+        self.counts = {name: count + numbers[name] for name, count in self.counts.items()}
+        self.llm_batch_size = max(self.llm_batch_size, numbers["texts"])
+        self.context_length = max(self.context_length, numbers["length"])
+        self.llm_batch_halvings = max(self.llm_batch_halvings, numbers["halvings"])
+        medians = dict(zip(self.layers, report[len(self._REPORT) :], strict=True))
+        if not self.median_norms and all(medians.values()):
+            self.median_norms = medians
+        return numbers["rows"]
+
+    def _take(self, shard: int) -> tuple[Any, Any]:
+        """(the next batch of a shard or None, the state before it)."""
+        if shard in self._put_back:
+            return self._put_back.pop(shard)
+        start, state = perf_counter(), self.shards[shard].state_dict()
+        batch = next(self.shards[shard], None)
+        self.seconds["text"] += perf_counter() - start
+        return batch, state
+
+    def _run(self, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[dict[int, Tensor], list[float]]:
+        """{layer: x_ND} of the unmasked positions of a batch of text, and the report about it."""
         start = perf_counter()
         x_by_layer = self._activations(tokens_BL, mask_BL)
-        if self.mask and not self._median_norms:
-            self._median_norms = self._medians(tokens_BL, mask_BL, x_by_layer)
+        medians = {}
+        if self.mask and not self.median_norms:
+            medians = self.median_norms = self._medians(tokens_BL, mask_BL, x_by_layer)
         keep_BL, counts = position_mask(
-            tokens_BL, mask_BL, x_by_layer, self.lm.bos_id, self._norm_bound(), drop_bos=self.mask
+            tokens_BL, mask_BL, x_by_layer, self.lm.bos_id, self.norm_bound(), drop_bos=self.mask
         )
-        self.counts = {name: self.counts[name] + count for name, count in counts.items()}
         kept_N = keep_BL.flatten().nonzero().squeeze(1)
         rows = {layer: x_BLD.flatten(0, 1).index_select(0, kept_N) for layer, x_BLD in x_by_layer.items()}
         rows = {layer: x_ND.to(self.device, self.lm.dtype) for layer, x_ND in rows.items()}
         self.seconds["llm"] += perf_counter() - start
-        return rows
+        said = {"rows": len(kept_N), "ended": 0, "failed": 0, "texts": len(tokens_BL), "length": tokens_BL.shape[1]}
+        said |= {"halvings": self.llm_batch_halvings, **counts}
+        return rows, [*(said[name] for name in self._REPORT), *(medians.get(layer, 0.0) for layer in self.layers)]
 
     def _medians(self, tokens_BL: Tensor, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
         """{layer: median norm} over the positions that are neither bos nor padding; empty where there are none."""
@@ -239,51 +283,236 @@ class ActivationBuffer:
                     ) from error
             self.llm_batch_halvings += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """{"source": what all ranks know, from rank 0; "text.{s}": the place in shard s, from its rank}."""
+        state = {
+            f"text.{s}": self._put_back[s][1] if s in self._put_back else self.shards[s].state_dict()
+            for s in self._mine()
+        }
+        if self.world.rank == 0:
+            state["source"] = deepcopy({name: getattr(self, name) for name in self._PLAIN_STATE})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        seconds = self.seconds
+        for name in self._PLAIN_STATE:
+            setattr(self, name, deepcopy(state["source"][name]))
+        self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
+        self._put_back.clear()
+        for s in self._mine():
+            self.shards[s].load_state_dict(state[f"text.{s}"])
+
+
+class ActivationBuffer:
+    """An iterator over {layer: x_BD}: raw activations of the same B random positions of the text, in the LLM's dtype.
+
+    Every position of the text that is not masked is served exactly once; the last batch may be shorter. The buffer
+    is filled from the text until C positions are in it, and filled up again when fewer than half are unread.
+
+    Over several ranks, all serve the same positions in the same order, each the layers that it reads; the others come
+    as (B, 0).
+
+    batches: iterator of (tokens_BL, mask_BL) with state_dict and load_state_dict, or a list of them, the shards of the
+        text (`ActivationSource`).
+    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype, bos_id).
+    n_tokens: C. seed: of the order in which positions are served.
+    mask: False keeps every position that is not padding.
+    max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.
+    readers: {layer: the ranks that read it}, all of them by default.
+    Raises ValueError where C is smaller than a batch, and, at the first fill, where the whole text is.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        lm: Any,
+        layers: Iterable[int],
+        *,
+        n_tokens: int,
+        out_batch_size: int,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        mask: bool = True,
+        max_norm_multiple: float = 10.0,
+        world: World | None = None,
+        readers: Mapping[int, Sequence[int]] | None = None,
+    ):
+        if n_tokens < out_batch_size:
+            raise ValueError(f"a buffer of {n_tokens} tokens is smaller than a batch of {out_batch_size}: enlarge it")
+        self.lm, self.layers, self.world = lm, sorted(set(layers)), world or World()
+        self.n_tokens, self.out_batch_size = n_tokens, out_batch_size
+        self.device = torch.device(lm.device if device is None else device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.source = ActivationSource(
+            batches if isinstance(batches, list) else [batches],
+            lm,
+            self.layers,
+            readers or dict.fromkeys(self.layers, range(self.world.size)),
+            self.world,
+            device=self.device,
+            mask=mask,
+            max_norm_multiple=max_norm_multiple,
+        )
+        self._norm_factors: dict[int, float] = {}
+
+        # rows order_C[cursor:] are unread, and read in this order; rows order_C[:cursor] are free
+        self._rows_CD = {
+            layer: torch.empty(n_tokens, self.source.width(layer), dtype=lm.dtype, device=self.device)
+            for layer in self.layers
+        }
+        self._order_C = torch.arange(n_tokens, device=self.device)
+        self._cursor = n_tokens
+        self._surplus: deque[dict[int, Tensor]] = deque()  # {layer: x_ND}, read and not yet written
+        self._filling = False  # stays true where an error of the text cut a fill short: the next one completes it
+
+    def __iter__(self) -> "ActivationBuffer":
+        return self
+
+    def __next__(self) -> dict[int, Tensor]:
+        self._fill_first()
+        if self._filling or (self.source.text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens):
+            self._fill()
+        rows_B = self._order_C[self._cursor : self._cursor + self.out_batch_size]
+        if len(rows_B) == 0:
+            raise StopIteration
+        self._cursor += len(rows_B)
+        return {layer: x_CD.index_select(0, rows_B) for layer, x_CD in self._rows_CD.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Positions of the text so far, on all ranks: "tokens", "padding", and of the tokens "bos" and "outliers"."""
+        return self.source.counts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that this rank has spent on "text", "llm" and, with several ranks, "exchange"."""
+        return self.source.seconds
+
+    @property
+    def llm_batch_halvings(self) -> int:
+        return self.source.llm_batch_halvings
+
+    @property
+    def norm_factors(self) -> dict[int, float]:
+        """{layer: sqrt(mean of |x|^2)} over the first 100 batches in the first fill, or all of it; fp32."""
+        self._fill_first()
+        return self._norm_factors
+
+    @property
+    def median_norms(self) -> dict[int, float]:
+        """{layer: median norm} over the first LLM batch without bos and padding; empty with mask=False."""
+        self._fill_first()
+        return self.source.median_norms
+
+    @property
+    def norm_bound(self) -> dict[int, float] | None:
+        """What `position_mask` takes: {layer: largest norm}, None with mask=False."""
+        self._fill_first()
+        return self.source.norm_bound()
+
+    def _fill_first(self) -> None:
+        if self._norm_factors:
+            return
+        self._fill()
+        n_unread = self.n_tokens - self._cursor
+        if n_unread < self.out_batch_size:
+            raise ValueError(
+                f"the text has {n_unread} positions to train on, fewer than a batch of {self.out_batch_size}: "
+                "give it more text"
+            )
+        first = self._order_C[self._cursor :][: NORM_FACTOR_BATCHES * self.out_batch_size].split(self.out_batch_size)
+        factors = torch.zeros(len(self.layers), dtype=torch.float64)
+        for i, layer in enumerate(self.layers):
+            if self._speaks_for(layer):
+                norms = torch.cat([_norms(self._rows_CD[layer].index_select(0, rows_B)).cpu() for rows_B in first])
+                factors[i] = norms.double().square().mean().sqrt()
+        self._norm_factors = dict(zip(self.layers, self.world.sum_(factors).tolist(), strict=True))
+
+    def _speaks_for(self, layer: int) -> bool:
+        """Whether, of the ranks that read a layer and all have the same rows of it, this one says what they are."""
+        return self.world.rank == min(self.source.readers[layer])
+
+    def _fill(self) -> None:
+        """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows."""
+        self._filling = True
+        while self._cursor > 0:
+            while not self._surplus and self.source.text_is_left:
+                self._surplus.extend(self.source.read(self._cursor))
+            if not self._surplus:
+                break
+            x_by_layer = self._surplus.popleft()
+            n = min(self._cursor, len(x_by_layer[self.layers[0]]))
+            # backwards from the cursor, so that where a position lands does not depend on the LLM's batch size
+            rows_n = self._order_C[self._cursor - n : self._cursor].flip(0)
+            for layer, x_ND in x_by_layer.items():
+                self._rows_CD[layer].index_copy_(0, rows_n, x_ND[:n])
+            rest = {layer: x_ND[n:] for layer, x_ND in x_by_layer.items()}
+            if len(rest[self.layers[0]]):
+                self._surplus.appendleft(rest)
+            self._cursor -= n
+        unread_U = self._order_C[self._cursor :]
+        order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
+        self._order_C[self._cursor :] = unread_U[order_U]
+        self._filling = False
+
     def config(self, layer: int) -> dict[str, Any]:
         """What the "buffer" of a layer's config.json records, as plain JSON values."""
         assert layer in self.layers
         self._fill_first()
+        source = self.source
         return {
             "d_submodule": self.lm.activation_dim,
             "io": "out",
-            "n_ctxs": self.n_tokens // self._context_length,
-            "ctx_len": self._context_length,
-            "refresh_batch_size": self._llm_batch_size,
+            "n_ctxs": self.n_tokens // source.context_length,
+            "ctx_len": source.context_length,
+            "refresh_batch_size": source.llm_batch_size,
             "out_batch_size": self.out_batch_size,
             "device": str(self.device),
-            "mask": self.mask,
-            "max_norm_multiple": self.max_norm_multiple if self.mask else None,
-            "median_norm": self._median_norms.get(layer),
+            "mask": source.mask,
+            "max_norm_multiple": source.max_norm_multiple if source.mask else None,
+            "median_norm": source.median_norms.get(layer),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the batches to come depend on, on the CPU; plain Python and tensors.
+        """All that the batches to come depend on, on the CPU; plain Python and tensors, by what they are.
 
-        Of the rows only the unread ones, in the order in which they will be served: where in memory they lie
-        changes nothing that comes out.
+        "rows.{layer}" comes from the lowest rank that reads the layer, "buffer" from rank 0, the rest is that of
+        `ActivationSource`: any number of ranks can go on from what all of them give. Of the rows only the unread ones,
+        in the order in which they will be served: where in memory they lie changes nothing that comes out.
         """
+        self._surplus.extend(self.source.drain())
+        state = self.source.state_dict()
         unread = self._order_C[self._cursor :].split(self.out_batch_size)
-        surplus_ND = self._surplus_ND or {}
-        return {
-            "unread_UD": {
-                layer: torch.cat([x_CD.index_select(0, rows_B).cpu() for rows_B in unread])
-                for layer, x_CD in self._rows_CD.items()
-            },
-            "surplus_ND": {layer: x_ND.to("cpu", copy=True) for layer, x_ND in surplus_ND.items()},
-            "generator": self.generator.get_state(),
-            "batches": self.batches.state_dict(),
-            **deepcopy({name: getattr(self, name) for name in self._PLAIN_STATE}),
-        }
+        for layer, x_CD in self._rows_CD.items():
+            if self._speaks_for(layer):
+                state[f"rows.{layer}"] = {
+                    "unread_UD": torch.cat([x_CD.index_select(0, rows_B).cpu() for rows_B in unread]),
+                    "surplus_ND": [x_by_layer[layer].to("cpu", copy=True) for x_by_layer in self._surplus],
+                }
+        if self.world.rank == 0:
+            state["buffer"] = {
+                "n_unread": self.n_tokens - self._cursor,
+                "n_surplus": [len(x_by_layer[self.layers[0]]) for x_by_layer in self._surplus],
+                "generator": self.generator.get_state(),
+                "norm_factors": dict(self._norm_factors),
+                "filling": self._filling,
+            }
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the buffer that gave the state stood; both must be constructed alike."""
-        assert state["unread_UD"].keys() == self._rows_CD.keys()
-        self._cursor = self.n_tokens - len(state["unread_UD"][self.layers[0]])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the buffers that gave the state stood; all must be constructed alike, but for the ranks."""
+        self.source.load_state_dict(state)
+        plain = state["buffer"]
+        self._cursor = self.n_tokens - plain["n_unread"]
         self._order_C = torch.arange(self.n_tokens, device=self.device)
-        for layer, unread_UD in state["unread_UD"].items():
-            self._rows_CD[layer][self._cursor :] = unread_UD.to(self.device)
-        self._surplus_ND = {layer: x_ND.to(self.device) for layer, x_ND in state["surplus_ND"].items()} or None
-        self.generator.set_state(state["generator"])
-        self.batches.load_state_dict(state["batches"])
-        for name in self._PLAIN_STATE:
-            setattr(self, name, deepcopy(state[name]))
+        self._surplus = deque({} for _ in plain["n_surplus"])
+        for layer, x_CD in self._rows_CD.items():
+            surplus = [x_CD.new_empty(n, 0) for n in plain["n_surplus"]]
+            if self.source.width(layer):
+                rows = state[f"rows.{layer}"]
+                x_CD[self._cursor :] = rows["unread_UD"].to(self.device)
+                surplus = [x_ND.to(self.device) for x_ND in rows["surplus_ND"]]
+            for x_by_layer, x_ND in zip(self._surplus, surplus, strict=True):
+                x_by_layer[layer] = x_ND
+        self.generator.set_state(plain["generator"])
+        self._norm_factors, self._filling = dict(plain["norm_factors"]), plain["filling"]

@@ -437,7 +437,6 @@ def open_documents(
         fault=_chat_fault if chats else _text_fault,
         held_out=held_out,
         epochs=epochs,
-        shard=shard,
     )
     start = documents.state_dict()
     if next(documents, None) is None:  # what is wrong with a dataset comes out here, not an hour into a run
@@ -445,6 +444,7 @@ def open_documents(
         what = "held-out document" if held_out else "conversation" if chats else "document"
         raise ValueError(f"{dataset} has no {what} to read ({documents.n_rows} rows, {found}): name another dataset")
     documents.load_state_dict(start)
+    documents.shard = shard  # only now: a shard of a small dataset may have nothing to read
     return documents
 
 

@@ -3,12 +3,14 @@
 B tokens in the batch, D activation_dim.
 """
 
+import copy
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import append_jsonl, rewind_jsonl, save_sae, save_weights, write_json
+from .kernels import WHOLE, Shard
 from .trainers import LossOutput, SAETrainer
 from .trainers.trainer import SparseTrainer
+from .world import World
 
 
 class TextEndedError(ValueError):
@@ -31,8 +35,9 @@ class Interrupted(Exception):
 
 @dataclass
 class SAERun:
-    """One SAE of a run: its trainer, where it is written, and why it stopped if it did."""
+    """One SAE of a run: its number in the grid, its trainer, where it is written, and why it stopped if it did."""
 
+    index: int
     trainer: SAETrainer
     folder: Path | None
     config: dict[str, Any]  # of config.json: {"trainer": ..., "buffer": ...}
@@ -53,24 +58,56 @@ class SAERun:
         return {**self.config, "trainer": trainer}
 
 
+def make_trainer(config: Mapping[str, Any], shard: Shard = WHOLE) -> SAETrainer:
+    """The trainer of a config: its keywords, and `trainer`, its class."""
+    return config["trainer"](**{name: value for name, value in config.items() if name != "trainer"}, shard=shard)
+
+
 def make_runs(
-    trainer_configs: Sequence[dict[str, Any]], folders: Sequence[Path | None], buffer_config: Callable[[int], dict]
+    trainer_configs: Sequence[dict[str, Any]],
+    folders: Sequence[Path | None],
+    buffer_config: Callable[[int], dict],
+    mine: Iterable[int] | None = None,
+    shard: Shard = WHOLE,
 ) -> list[SAERun]:
     """Build the trainers of a grid; the configs are left as they are.
 
-    trainer_configs: keywords of the trainers, and `trainer`, the class.
     folders: where each SAE is written, None for nowhere.
+    mine: the numbers of the SAEs that this process trains; all of them by default.
+    shard: its share of their latents; what is written of an SAE is written by the process with the first share.
     """
     runs = []
-    for config, folder in zip(trainer_configs, folders, strict=True):
-        trainer_class = config["trainer"]
-        trainer = trainer_class(**{name: value for name, value in config.items() if name != "trainer"})
-        run = SAERun(trainer, folder, {"trainer": {}, "buffer": buffer_config(trainer.cfg.layer)})
+    for i in range(len(trainer_configs)) if mine is None else mine:
+        trainer, folder = make_trainer(trainer_configs[i], shard), folders[i] if shard.rank == 0 else None
+        run = SAERun(i, trainer, folder, {"trainer": {}, "buffer": buffer_config(trainer.cfg.layer)})
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", run.saved_config())
         runs.append(run)
     return runs
+
+
+def step_microseconds(
+    config: Mapping[str, Any], batch_size: int, autocast_dtype: torch.dtype, shard: Shard = WHOLE, steps: int = 3
+) -> int:
+    """How long a training step of such an SAE takes, by a few of them on random activations of norm 1."""
+    trainer = make_trainer(config, shard)
+    shape = batch_size, trainer.cfg.activation_dim
+    x_BD = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=1)
+    x_BD, half = x_BD.to(trainer.device, autocast_dtype), autocast_dtype != torch.float32
+
+    def seconds() -> float:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter()
+
+    start = 0.0
+    for step in range(1 + steps):
+        if step == 1:
+            start = seconds()  # the first one initialises
+        with torch.autocast(trainer.device.type, autocast_dtype if half else None, enabled=half):
+            trainer.update(step, x_BD)
+    return max(round(1e6 * (seconds() - start) / steps), 1)
 
 
 @torch.no_grad()
@@ -98,7 +135,8 @@ def metrics(step: int, tokens: int, run: SAERun, x_BD: Tensor, out: LossOutput) 
         values["sparse"] = out.f.code is not None
     threshold = getattr(run.trainer.ae, "threshold", None)
     if threshold is not None:
-        values["threshold"] = threshold.detach().mean()
+        shard = run.trainer.shard
+        values["threshold"] = shard.sum(threshold.detach().mean()) / shard.size
     numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
     return {"step": step, "tokens": tokens, **numbers}
 
@@ -178,10 +216,12 @@ def trainSAE(
 class Loop:
     """The loop over steps.  All SAEs of all layers train on the same positions; a failing SAE stops alone.
 
+    runs: the SAEs of this rank. All ranks walk the same steps, and stop and save at the same one.
     batches: {layer: x_BD} of raw activations, one a step.
     norm_factors: by layer, what activations are divided by in training and SAEs are scaled by when written.
     save_steps: steps before which a checkpoint is written.
-    save_state: called with the state of the run, every `backup_steps` steps or `backup_minutes`, and before a stop.
+    save_state: called with the step and this rank's part of the state, every `backup_steps` steps or `backup_minutes`,
+        and before a stop.
     track: called with (index of the SAE, its metrics) whenever these are logged.
     timings: seconds by part of the pipeline so far, for the progress bar.
     """
@@ -195,10 +235,11 @@ class Loop:
     autocast_dtype: torch.dtype = torch.float32
     backup_steps: int | None = None
     backup_minutes: float = math.inf
-    save_state: Callable[[dict[str, Any]], None] | None = None
+    save_state: Callable[[int, dict[str, Any]], None] | None = None
     track: Callable[[int, dict[str, Any]], None] | None = None
     timings: Callable[[], dict[str, float]] | None = None
     show_progress: bool = True
+    world: World = field(default_factory=World)
     step: int = 0
     tokens: int = 0
     seconds_in_state: float = 0.0
@@ -216,16 +257,22 @@ class Loop:
         bar = tqdm(total=None, unit="tok", unit_scale=True, desc="training", disable=not self.show_progress)
         bar.total, bar.n = self._total_tokens(), self.tokens
         with signals_noted() as signals, bar:
+            asked: Callable[[], list[int]] | None = None
             while self.step < self.steps:
-                if signals:
+                stop, late, alive = (asked or self._ask(signals, last_backup))()
+                if stop:
                     self._backup()
-                    raise Interrupted(f"{signals[0]}: stopped after step {self.step} of {self.steps}")
-                due = self.backup_steps and self.step % self.backup_steps == 0 and self.step > 0
-                if due or time.monotonic() - last_backup > 60 * self.backup_minutes:
+                    name = signal.Signals(stop).name
+                    raise Interrupted(f"{name}: stopped after step {self.step} of {self.steps}")
+                if not alive:
+                    break
+                if late or (self.backup_steps and self.step % self.backup_steps == 0 and self.step > 0):
                     self._backup()
                     last_backup = time.monotonic()
                 if self.step in self.save_steps:
                     self._write_checkpoints()
+                if self.world.size > 1:  # answered while the step is done, so that no rank waits for it
+                    asked = self._ask(signals, last_backup)
                 x_by_layer = self._next_batch()
                 self._update_all(x_by_layer)
                 n_tokens = len(next(iter(x_by_layer.values())))
@@ -235,9 +282,17 @@ class Loop:
                 bar.update(n_tokens)
                 if self.timings is not None and self.step % self.log_steps == 0:
                     bar.set_postfix(self._shares(), refresh=False)
-                if all(run.failure for run in self.runs):
-                    break
+            if asked is not None and self.step == self.steps:
+                asked()
         self.finish()
+
+    def _ask(self, signals: list[str], last_backup: float) -> Callable[[], list[int]]:
+        """Of all ranks: the number of a signal or 0, whether a state is late, whether there is an SAE that goes on."""
+        return self.world.ask_largest(
+            signal.Signals[signals[0]] if signals else 0,
+            time.monotonic() - last_backup > 60 * self.backup_minutes,
+            any(run.failure is None for run in self.runs),
+        )
 
     def _total_tokens(self) -> int:
         per_step = self.tokens / self.step if self.step else 0
@@ -266,7 +321,7 @@ class Loop:
     def _update_all(self, x_by_layer: dict[int, Tensor]) -> None:
         normalised: dict[int, Tensor] = {}
         log = self.step % self.log_steps == 0 or self.step == self.steps - 1
-        for i, run in enumerate(self.runs):
+        for run in self.runs:
             if run.failure is not None:
                 continue
             layer = run.layer
@@ -278,13 +333,13 @@ class Loop:
                 )
             x_BD = normalised[layer]
             half = self.autocast_dtype != torch.float32
-            with torch.autocast(device.type, self.autocast_dtype if half else None, enabled=half):
+            with self.world.peers(), torch.autocast(device.type, self.autocast_dtype if half else None, enabled=half):
                 out = run.trainer.update(self.step, x_BD)
             if log:
                 if bool(run.trainer.stopped):
                     self._fail(run, x_by_layer[layer])
                 else:
-                    self._log(i, run, metrics(self.step, self.tokens + len(x_BD), run, x_BD, out))
+                    self._log(run, metrics(self.step, self.tokens + len(x_BD), run, x_BD, out))
 
     def _fail(self, run: SAERun, x_BD: Tensor) -> None:
         norms = x_BD.float().norm(dim=-1)
@@ -293,60 +348,61 @@ class Loop:
             f"median {float(norms.median()):.3g}, largest {float(norms.max()):.3g}); "
             "training stopped with the last finite weights"
         )
-        tqdm.write(f"{run.folder or type(run.trainer).__name__}: {run.failure}")
+        if run.trainer.shard.rank == 0:
+            tqdm.write(f"{run.folder or type(run.trainer).__name__}: {run.failure}", file=sys.stderr)
 
-    def _log(self, i: int, run: SAERun, record: dict[str, Any]) -> None:
+    def _log(self, run: SAERun, record: dict[str, Any]) -> None:
         if run.metrics_file is not None:
             append_jsonl(run.metrics_file, record)
-        if self.track is not None:
-            self.track(i, record)
+        if self.track is not None and run.trainer.shard.rank == 0:
+            self.track(run.index, record)
 
     def _write_checkpoints(self) -> None:
         for run in self.runs:
-            if run.folder is not None and run.failure is None:
-                with scaled(run, self.norm_factors):
-                    save_weights(run.folder / "checkpoints" / f"ae_{self.step}.pt", run.trainer.ae)
+            if run.failure is None:
+                ae = run.trainer.whole_ae()
+                if run.folder is not None:
+                    ae = copy.deepcopy(ae)
+                    ae.scale_biases(self.norm_factors[run.layer])
+                    save_weights(run.folder / "checkpoints" / f"ae_{self.step}.pt", ae)
 
     def finish(self) -> None:
         """Scale every SAE to raw activations and write it."""
         for run in self.runs:
-            run.trainer.ae.scale_biases(self.norm_factors[run.layer])
+            ae = run.trainer.whole_ae()
+            ae.scale_biases(self.norm_factors[run.layer])
             if run.folder is not None:
-                save_sae(run.folder, run.trainer.ae, run.saved_config())
+                save_sae(run.folder, ae, run.saved_config())
 
     # -- state
 
     def _backup(self) -> None:
         if self.save_state is not None:
             started = time.monotonic()
-            self.save_state(self.state_dict())
+            self.save_state(self.step, self.state_dict())
             self.seconds_in_state += time.monotonic() - started
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later process needs to go on: with the state of `batches`, to the same bits."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "norm_factors": self.norm_factors,
-            "trainers": [run.trainer.state_dict() for run in self.runs],
-            "failures": [run.failure for run in self.runs],
-        }
+        """What later processes need to go on: with the state of `batches`, to the same bits.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.tokens = state["step"], state["tokens"]
-        for run, trainer, failure in zip(self.runs, state["trainers"], state["failures"], strict=True):
-            run.trainer.load_state_dict(trainer)
-            run.failure = failure
+        "loop" from rank 0, "trainers.{i}.{share}" from the rank that trains this share of the latents of SAE i.
+        """
+        state: dict[str, Any] = {}
+        for run in self.runs:
+            shard = run.trainer.shard
+            entry = {"state": run.trainer.state_dict(), "failure": run.failure, "shares": shard.size}
+            state[f"trainers.{run.index}.{shard.rank}"] = entry
+        return state | ({"loop": {"step": self.step, "tokens": self.tokens}} if self.world.rank == 0 else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.tokens = state["loop"]["step"], state["loop"]["tokens"]
+        for run in self.runs:
+            first = state[f"trainers.{run.index}.0"]
+            shares, shard = first["shares"], run.trainer.shard
+            if shares == shard.size:
+                run.trainer.load_state_dict(state[f"trainers.{run.index}.{shard.rank}"]["state"])
+            else:
+                run.trainer.load_shares([state[f"trainers.{run.index}.{r}"]["state"] for r in range(shares)])
+            run.failure = first["failure"]
             if run.metrics_file is not None:
                 rewind_jsonl(run.metrics_file, self.step)  # lines of steps that will be done again
-
-
-@contextmanager
-def scaled(run: SAERun, norm_factors: dict[int, float]) -> Iterator[None]:
-    """Within this, the SAE takes raw activations; after it, the very same tensors as before."""
-    before = {name: tensor.clone() for name, tensor in run.trainer.ae.state_dict().items()}
-    run.trainer.ae.scale_biases(norm_factors[run.layer])
-    try:
-        yield
-    finally:
-        run.trainer.ae.load_state_dict(before)

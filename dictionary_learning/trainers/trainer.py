@@ -193,6 +193,17 @@ class SAETrainer(nn.Module):
             | dict.fromkeys(counters, 0)
         )
 
+    def load_shares(self, states: list[dict[str, Any]]) -> None:
+        """Load the `state_dict()`s of all shares of a split into however many."""
+        dims = self.latent_dims()
+        joined = {
+            name: self.shard.cut(torch.cat([state[name] for state in states], dims[name]), dims[name])
+            if name in dims
+            else value
+            for name, value in states[0].items()
+        }
+        self.load_state_dict(joined)
+
     def whole_ae(self) -> Dictionary:
         """The SAE with all its latents: `ae` itself, or a copy on the CPU that every process of the group asks for."""
         if self.shard.size == 1:

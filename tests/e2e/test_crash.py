@@ -38,7 +38,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def steps_saved(folder: Path) -> int:
-    states = [int(path.stem.removeprefix("state_")) for path in folder.glob("*/resume/state_*.pt")]
+    states = [int(path.name.removeprefix("state_")) for path in folder.glob("*/resume/state_*")]
     return max(states, default=0)
 
 

@@ -140,11 +140,11 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bits(command, tmp_path):
 
     arguments = command("--save_dir", broken, *flags)
     process = start(arguments)
-    wait_for(lambda: list(broken.glob("*/resume/state_50.pt")), process)
+    wait_for(lambda: list(broken.glob("*/resume/state_50")), process)
     process.send_signal(signal.SIGKILL)
     finish(process)
     process = start([*arguments, "--resume"])
-    wait_for(lambda: list(broken.glob("*/resume/state_125.pt")), process)
+    wait_for(lambda: list(broken.glob("*/resume/state_125")), process)
     process.send_signal(signal.SIGTERM)
     code, errors = finish(process)
     assert code == 75 and "--resume" in errors

@@ -62,7 +62,7 @@ def make_run(folder: Path, model_name: str, saes=SAES, **results) -> Path:
 
 def add_what_stays_here(folder: Path) -> None:
     for name in (
-        "resume/state_7.pt",
+        "resume/state_7/__0_0.distcp",
         "wandb/run-1/run.wandb",
         ".cache/x",
         "__pycache__/y",
