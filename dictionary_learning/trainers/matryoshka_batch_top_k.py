@@ -16,6 +16,7 @@ from ..dictionary import Dictionary, MatryoshkaBatchTopKSAE
 from ..kernels import Features
 from ..kernels.sparse import sparse_decode
 from .batch_top_k import BatchTopKTrainer
+from .standard import squared_error
 from .top_k import TopKConfig
 from .trainer import Terms
 
@@ -69,10 +70,12 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
         group_N = torch.searchsorted(ends_G, code.latent_N + first, right=True)
         row_N = code.token_N * n_groups + group_N
         parts = self.shard.sum(sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups))
-        prefixes_BGD = parts.view(len(x_BD), n_groups, -1).cumsum(dim=1) + self.shard.once(self.ae.b_dec)
+        errors, x_hat_BD = [], self.shard.once(self.ae.b_dec)
+        for part_BD in parts.view(len(x_BD), n_groups, -1).unbind(1):  # each prefix adds a group to the one before
+            x_hat_BD = x_hat_BD + part_BD
+            errors.append(squared_error(x_BD, x_hat_BD))
         assert self.cfg.group_weights is not None
-        weight_G = x_BD.new_tensor(self.cfg.group_weights, dtype=torch.float32)
-        errors_G = (x_BD[:, None] - prefixes_BGD).pow(2).sum(dim=-1).mean(dim=0) * weight_G
+        errors_G = torch.stack(errors) * x_BD.new_tensor(self.cfg.group_weights, dtype=torch.float32)
         # weighted and averaged: with weights 1/G each term counts 1/G^2, in the reference too
         error = errors_G.mean()
         terms: Terms = {
@@ -80,7 +83,7 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
             "min_l2_loss": errors_G.min(),
             "max_l2_loss": errors_G.max(),
         }
-        return prefixes_BGD[:, -1], error, terms
+        return x_hat_BD, error, terms
 
     @property
     def config(self) -> dict[str, Any]:

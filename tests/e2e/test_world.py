@@ -133,3 +133,33 @@ def test_what_the_user_got_wrong_is_said_once(arguments, tmp_path):
     code, output = finish(torchrun(2, arguments(tmp_path, "--layers", "9")))
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and "4 layers (0 to 3), not 9" in errors[0], output[-3000:]
+
+
+def test_latents_split_over_two_and_four_processes(command, tmp_path):
+    """Stopped with each SAE split in two, resumed with it split in four: what one process trains, to rounding."""
+    flags = ["--architectures", "batch_top_k", "jump_relu", "--num_tokens", 5000, "--backup_steps", 20]
+    straight, split = tmp_path / "straight", tmp_path / "split"
+    assert demo.main(command("--save_dir", straight, *flags, "--text_shards", 2)) == 0
+    process = torchrun(2, command("--save_dir", split, *flags, "--shard_latents", 2))
+    wait_for_state(split, 20, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code != 0 and output.count("Continue with") == 1, output[-3000:]
+    code, output = finish(torchrun(4, command("--save_dir", split, *flags, "--shard_latents", 4, "--resume")))
+    assert code == 0 and "resumed at step" in output, output[-3000:]
+    saes, others = find_saes(straight), find_saes(split)
+    assert len(saes) == len(others) == 2
+    for one, two in zip(saes, others, strict=True):
+        ours, theirs = (torch.load(path / "ae.pt", weights_only=True) for path in (one, two))
+        for name, tensor in ours.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-4, msg=f"{two}: {name}")
+        lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (one, two)]
+        assert [json.loads(line)["step"] for line in lines[0]] == [json.loads(line)["step"] for line in lines[1]]
+        results = [json.loads((path / "eval_results.json").read_text()) for path in (one, two)]
+        assert results[0].keys() == results[1].keys()
+        assert abs(results[0]["l0"] - results[1]["l0"]) < 0.05
+
+
+def test_a_split_that_does_not_come_out_even_is_refused(arguments, tmp_path, capsys):
+    assert demo.main(arguments(tmp_path, "--shard_latents", 2)) == 2
+    assert "--shard_latents 2 needs a multiple of 2 processes" in capsys.readouterr().err
