@@ -615,8 +615,8 @@ def train(
             "--dictionary_widths, --target_l0s), or lower --sae_batch_size or --buffer_tokens."
         ) from error
     finally:
-        for shard in filter(None, shards):
-            shard.close()
+        for text in filter(None, shards):
+            text.close()
     world.gather(None)  # every SAE is written
     world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, time.monotonic() - started), rank=0)
 

@@ -10,17 +10,16 @@ F rows of a matrix of latents, D columns; R rows of one program.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_ops import on_its_device
+from .triton_ops import cdiv, jit, next_power_of_2, on_its_device
 
 ENTRIES = 4096  # of each operand that a program holds, 16 a thread: loads of 64 bytes a thread and operand in flight
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-@triton.jit
+@jit
 def _norms_kernel(
     grad_ptr,
     weight_ptr,
@@ -46,7 +45,7 @@ def _norms_kernel(
     tl.store(squares_ptr + tl.program_id(0), tl.sum(grad_RD * grad_RD))
 
 
-@triton.jit
+@jit
 def _scales_kernel(step_ptr, lr_ptr, lr, scales_ptr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):
     """Leaves lr / (1 - beta1^t) and sqrt(1 - beta2^t), worked out in float64."""
     t = tl.maximum(tl.load(step_ptr), 1).to(tl.float64)  # 0 where the first step is void
@@ -55,7 +54,7 @@ def _scales_kernel(step_ptr, lr_ptr, lr, scales_ptr, LOG_BETA1: tl.constexpr, LO
     tl.store(scales_ptr + 1, tl.sqrt(1 - tl.exp(t * LOG_BETA2)))
 
 
-@triton.jit
+@jit
 def _adam_kernel(
     weight_ptr,
     grad_ptr,
@@ -98,18 +97,19 @@ def _adam_kernel(
         norm_R = tl.maximum(tl.sqrt_rn(tl.sum(weight_RD * weight_RD, axis=1)) + renorm_eps, TINY)
         weight_RD = tl.div_rn(weight_RD, norm_R[:, None])
     tl.store(weight_ptr + at_RD, weight_RD, mask=live_RD)
-    tl.store(exp_avg_ptr + at_RD, exp_avg_RD, mask=live_RD & (void == 0))
+    tl.store(exp_avg_ptr + at_RD, exp_avg_RD, mask=live_RD)
     tl.store(exp_avg_sq_ptr + at_RD, exp_avg_sq_RD, mask=live_RD & (void == 0))
 
 
 def _tiles(x: Tensor, whole_rows: bool) -> tuple[int, int, dict[str, int]]:
-    """(columns, programs, launch parameters): as many rows a program as it can hold, or where rows mean nothing, and
-    for vectors, `ENTRIES` in a row.  A padded row (2304 to 4096) costs idle lanes, and these kernels wait for memory."""
+    """(columns, programs, launch parameters): as many rows a program as it can hold; where rows mean nothing, and for
+    vectors, rows of `ENTRIES`.  Padding (2304 columns to 4096) costs idle lanes, and these kernels wait for memory.
+    """
     width = x.shape[-1] if whole_rows else min(ENTRIES, x.numel())
-    block_d, n_rows = triton.next_power_of_2(width), triton.cdiv(x.numel(), width)
-    rows = min(max(1, ENTRIES // block_d), triton.next_power_of_2(n_rows))
+    block_d, n_rows = next_power_of_2(width), cdiv(x.numel(), width)
+    rows = min(max(1, ENTRIES // block_d), next_power_of_2(n_rows))
     num_warps = min(max(rows * block_d // 512, 1), 32)
-    return width, triton.cdiv(n_rows, rows), {"ROWS": rows, "BLOCK_D": block_d, "num_warps": num_warps}
+    return width, cdiv(n_rows, rows), {"ROWS": rows, "BLOCK_D": block_d, "num_warps": num_warps}
 
 
 @on_its_device
@@ -119,7 +119,7 @@ def gradient_norms(
     """(sum of the squared gradient, fp32 scalar; along_F or None).  Without a weight, any shape.
 
     With a weight the gradient is first made orthogonal to its rows, g - along w with along = <g, w> / (|w| + eps)^2,
-    as `UnitNorm.project` does, but not written: `adam_` takes along_F.  Reads 4 F D bytes, 8 with a weight.
+    but not written: `adam_` takes along_F.  Reads 4 F D bytes, 8 with a weight.
     """
     assert grad_FD.is_contiguous() and (weight_FD is None or weight_FD.is_contiguous())
     width, programs, meta = _tiles(grad_FD, weight_FD is not None)
@@ -148,8 +148,8 @@ def adam_(
     """One step of `torch.optim.Adam(fused=True)`, in place, on the gradient scale (g - along w); `grad` stays.
 
     All of one shape, contiguous; weights, moments and the scalars `step` and `found_inf` in fp32.  Where `found_inf` is
-    not 0, weight and moments stay as they were.  `step` counts this step already.  Afterwards, in either case, rows are divided by (their norm +
-    `renorm_eps`) unless that is None, as `UnitNorm.restore` does.  Reads 16 bytes a weight and writes 12.
+    not 0, weight and moments stay as they were.  `step` counts this step already.  Afterwards, in either case, rows are
+    divided by (their norm + `renorm_eps`) unless that is None.  Reads 16 bytes a weight and writes 12.
 
     In a CUDA graph, `lr` must be a tensor: a float is part of the graph.
     """

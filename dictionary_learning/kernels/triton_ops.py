@@ -10,19 +10,24 @@ or pairs that a program holds at a time.  Bytes are given as floors: what must b
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# a kernel is not the Python function that a type checker takes it for
+jit: Any = triton.jit
+cdiv: Any = triton.cdiv
+next_power_of_2: Any = triton.next_power_of_2
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
 def on_its_device(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Launches on the device of the first argument; Triton alone would take the current device."""
+    """Launches on the device of the first positional argument; Triton alone would take the current device."""
 
     @functools.wraps(function)
     def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
@@ -34,12 +39,13 @@ def on_its_device(function: Callable[Args, Result]) -> Callable[Args, Result]:
 
 # -- embedding bags: decode and both backward passes
 
-# The most pairs of one bag that a program adds up alone, and then as many again: a latent that fires on every token
-# must not keep one program busy for longer than the rest of the grid takes.
+# A latent that fires on every token must not keep one program busy for longer than the rest of the grid takes.  Of each
+# bag, the chunks of this many pairs that lie whole in it are added up by programs of their own, in a launch before, so
+# that a bag's own program is left with fewer than two chunks of pairs and one partial sum a chunk.
 CHUNK = 64
 
 
-@triton.jit
+@jit
 def _bags_kernel(
     weight_ptr,  # (N,)
     source_ptr,  # (., D): the rows that are added up
@@ -47,7 +53,6 @@ def _bags_kernel(
     order_ptr,  # (N,): the pairs sorted by bag; None: they are
     offsets_ptr,  # (bags,): where each bag begins in that order
     table_ptr,  # (bags, D): its products with the source rows are wanted too
-    chunk_bag_ptr,  # (chunks,): the bag of each chunk's first pair
     partial_ptr,  # fp32 (chunks, D)
     partial_weight_ptr,  # fp32 (chunks,)
     sum_ptr,  # (bags, D)
@@ -64,7 +69,13 @@ def _bags_kernel(
     program = tl.program_id(0).to(tl.int64)
     block, n_blocks = tl.program_id(1), tl.num_programs(1)
     d_D = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    bag = tl.load(chunk_bag_ptr + program).to(tl.int64) if OF_CHUNKS else program
+    bag = program
+    if OF_CHUNKS:  # the last bag that does not begin after the chunk
+        bag, beyond = program * 0, program * 0 + n_bags
+        while bag + 1 < beyond:
+            middle = (bag + beyond) // 2
+            before = tl.load(offsets_ptr + middle) <= program * CHUNK
+            bag, beyond = tl.where(before, middle, bag), tl.where(before, beyond, middle)
     begin = tl.load(offsets_ptr + bag).to(tl.int64)
     end = tl.load(offsets_ptr + bag + 1, mask=bag + 1 < n_bags, other=n_pairs).to(tl.int64)
     gap, gap_length = end, end * 0  # what other programs have added up
@@ -126,28 +137,23 @@ def _bags(
 ) -> Tensor | None:
     """Writes every bag's sums; returns the pairs' products with the rows of `table`, fp32 (N, blocks of columns).
 
-    One warp owns up to 512 columns, 16 a lane in loads of 16 bytes, so that the sum over pairs stays in registers and a
-    product takes shuffles alone.  Programs are small since most of a short bag's time is a chain of dependent loads
-    (offset, order, row, data): many chains must be in flight.  D is cut into blocks, so that it has no bound and pads
-    no more than the last one (2304 is no power of two).
+    A warp owns up to 512 columns, 16 a lane in loads of 16 bytes, and takes `pairs` rows at a time: the sum over pairs
+    stays in a lane's registers, and a product costs shuffles.  Programs are small because a short bag spends its time
+    in a chain of dependent loads (offset, order, row, data), so that many chains must be in flight.  D is cut into
+    blocks rather than padded to a power of two; then it has no bound, and the parts of a product are added afterwards.
     """
+    assert source.is_contiguous() and (table is None or table.is_contiguous())
     n_pairs, width = len(weight_N), source.shape[1]
-    block_d = min(triton.next_power_of_2(width), block_d)
-    n_blocks, n_chunks = triton.cdiv(width, block_d), n_pairs // chunk if chunk else 0
-    partials, partial_weights, chunk_bag, dots = (
-        sums.new_empty(n_chunks, width, dtype=torch.float32),
-        None if weight_sums is None else weight_sums.new_empty(n_chunks),
-        offsets,
-        None if table is None else sums.new_empty(n_pairs, n_blocks, dtype=torch.float32),
-    )
-    if n_chunks:
-        starts = torch.arange(0, n_chunks * chunk, chunk, dtype=offsets.dtype, device=offsets.device)
-        chunk_bag = torch.searchsorted(offsets, starts, right=True) - 1
+    block_d = min(next_power_of_2(width), block_d)
+    n_blocks, n_chunks = cdiv(width, block_d), n_pairs // chunk if chunk else 0
+    partials = sums.new_empty(n_chunks, width, dtype=torch.float32)
+    partial_weights = None if weight_sums is None else weight_sums.new_empty(n_chunks)
+    dots = None if table is None else sums.new_empty(n_pairs, n_blocks, dtype=torch.float32)
     for n_programs, of_chunks in ((n_chunks, True), (len(offsets), False)):
         if n_programs:
             _bags_kernel[(n_programs, n_blocks)](
-                *(weight_N, source, row_N, order_N, offsets, table, chunk_bag, partials, partial_weights),
-                *(sums, weight_sums, dots, n_pairs, len(offsets), width),
+                *(weight_N, source, row_N, order_N, offsets, table, partials, partial_weights, sums, weight_sums, dots),
+                *(n_pairs, len(offsets), width),
                 CHUNK=chunk,
                 OF_CHUNKS=of_chunks,
                 PAIRS=pairs,
@@ -161,9 +167,10 @@ def _bags(
 def decode(latent_N: Tensor, table_FD: Tensor, offsets_R: Tensor, values_N: Tensor) -> Tensor:
     """x_hat_RD = sum of v w_f over the pairs of each row, offsets_R[r] to offsets_R[r + 1] (the last to N).
 
-    Reads the table's N rows, or its F where those are fewer and stay in the L2 cache.  Rows run fastest in the grid, so
-    that all rows take one block of 256 columns after another: F x 512 bytes in bf16 (8 MB for F = 16384), which the
-    cache holds where the whole table does not fit.  8 rows of 512 bytes in flight a warp suffice for bags of k pairs.
+    Reads N rows of the table, of which F D come from memory and the rest from the L2 cache: programs run through all
+    rows for one block of columns after another, and a block of 256 (8 MB in bf16 for F = 16384) stays in the cache
+    where the whole table would not.  A warp has 8 rows of its block in flight.  Bags are not split: a token has k pairs
+    or a few times as many.
     """
     x_hat_RD = table_FD.new_empty(len(offsets_R), table_FD.shape[1])
     _bags(values_N, table_FD, latent_N, None, offsets_R, x_hat_RD, chunk=0, pairs=8, block_d=256)
@@ -177,7 +184,8 @@ def decoder_backward(
     """Gradients of `decode`: (dv_N = <G_row, w_f> in the dtype of the values, dW_FD = sum of v G_row in fp32).
 
     order_N sorts the pairs by latent, offsets_F says where each latent's begin.  A latent's program walks its pairs
-    once, with w_f in registers: reads W, writes dW (4 F D bytes), and takes N rows of G, which the L2 cache holds.
+    once, with its columns of w_f in registers: reads W once, writes dW (4 F D bytes), and takes N rows of G, which the
+    L2 cache holds.
     """
     grad_table_FD = torch.empty_like(table_FD, dtype=torch.float32, memory_format=torch.contiguous_format)
     dots = _bags(
@@ -213,18 +221,18 @@ def encoder_backward(
 
 # -- selection
 
-# Both selections first choose short groups of neighbouring entries by their largest one, in a single pass over pre, and
-# then entries of those groups: ranking and writing out costs far more a head than reading does.
+# Both selections read pre once and choose short groups of neighbouring entries by their largest one, then entries of
+# those groups: to rank an entry and move it to its place costs far more than to read it.
 
 
-@triton.jit
+@jit
 def _key(x):
     """int32 that orders like relu(x) and is its bits in fp32; NaN stands above all, as it does in torch.topk."""
     x = x.to(tl.float32)
     return tl.where(x != x, 0x7FC00000, tl.where(x > 0, x.to(tl.int32, bitcast=True), 0))
 
 
-@triton.jit
+@jit
 def _keys(pre_ptr, group_I, live_I, n_entries, GROUP: tl.constexpr):
     """(index_IG, key_IG) of groups of entries; the key is -1 where there is no entry."""
     index_IG = group_I[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -233,10 +241,10 @@ def _keys(pre_ptr, group_I, live_I, n_entries, GROUP: tl.constexpr):
 
 
 ROW_GROUP = 8
-ROW_PART = 16384  # the most entries that a program takes groups from
+ROW_PART = 16384  # entries that one program takes groups from, 64 a thread: only their maxima stay in registers
 
 
-@triton.jit
+@jit
 def _topk_kernel(
     pre_ptr,  # (rows, F)
     groups_ptr,  # (rows, n_groups): the groups whose entries are chosen from; None: all
@@ -282,19 +290,19 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ascending order of index.  Reads pre once.
 
     A program holds its entries in registers and finds the k-th largest bit pattern by counting: two operations an entry
-    and bit, for 15 bits in bf16 and 31 in fp32, less those that no longer matter.  (Histograms of digits need fewer
-    rounds, but some 90 operations an entry each.)  In a long row it counts groups of 8: the k largest entries lie in
-    the k groups with the largest maxima, since k entries come before each entry of any other group, and among equals
-    too, as groups are contiguous.  That holds for each 16384 entries of a longer row.
+    and bit, for 15 bits in bf16 and 31 in fp32, fewer where k entries stand out early.  (Histograms of digits take
+    fewer rounds, but some 90 operations an entry each.)  In long rows it first counts groups of 8: the k largest
+    entries lie in the k groups with the largest maxima, since k maxima come before each entry of any other group (and
+    of equal ones too, as groups are contiguous).  In rows longer than a part, it takes k groups of each part.
     """
     n_rows, width = pre_BF.shape
     assert 0 < k <= width
     pre_BF, groups = pre_BF.contiguous(), None
     values_BK, index_BK = pre_BF.new_empty(n_rows, k), pre_BF.new_empty(n_rows, k, dtype=torch.int64)
     last_bit = 16 if pre_BF.dtype == torch.bfloat16 else 0
-    n_groups, part = triton.cdiv(width, ROW_GROUP), ROW_PART // ROW_GROUP
-    parts = triton.cdiv(n_groups, part)
-    # a quarter of a part is sorted out at once; so is a row, however long, of which k groups would be no small share
+    n_groups, part = cdiv(width, ROW_GROUP), ROW_PART // ROW_GROUP
+    parts = cdiv(n_groups, part)
+    # short rows are done at once, and so, slowly, is a long row of which k groups would be no small share
     if 4 * width > ROW_PART and 2 * parts * k <= n_groups and k <= n_groups - (parts - 1) * part:
         groups = pre_BF.new_empty(n_rows, parts * k, dtype=torch.int32)
         _topk_kernel[(n_rows, parts)](
@@ -302,10 +310,10 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
             LAST_BIT=last_bit,
             GROUP=ROW_GROUP,
             GROUPS=part,
-            num_warps=max(1, ROW_PART // 2048),  # 64 entries a thread, but only 8 maxima
+            num_warps=max(1, ROW_PART // 2048),
         )
         n_groups = parts * k
-    n_held = triton.next_power_of_2(n_groups)
+    n_held = next_power_of_2(n_groups)
     _topk_kernel[(n_rows, 1)](
         *(pre_BF, groups, values_BK, index_BK, width, n_groups, k),
         LAST_BIT=last_bit,
@@ -316,14 +324,14 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_BK, index_BK
 
 
-BLOCK = 8192  # entries that one program filters: 64 bytes or more a thread in flight
-POOL = 4  # groups kept for each entry wanted: normal entries above 0.9 of the threshold are 2 to 4 times as many
-TILE = 256  # entries that one warp ranks at a time; a block has some 50 groups of 4 or 8 in the pool
-HISTOGRAM_TILE = 2048
+BLOCK = 8192  # entries that one program filters, 32 a thread: 64 bytes or more in flight
+POOL = 4  # groups in the pool for each entry wanted: of a normal sample, 2 to 4 times n exceed 0.9 of the n-th largest
+TILE = 256  # entries that one warp ranks at a time: a block has some 50 groups of 4 or 8 in the pool
+HISTOGRAM_TILE = 2048  # entries counted at a time, 8 a thread
 HISTOGRAM_PROGRAMS = 1024  # 8 a multiprocessor; each adds its counts to the common ones once
 
 
-@triton.jit
+@jit
 def _filter_kernel(
     pre_ptr,
     guess_ptr,
@@ -341,7 +349,7 @@ def _filter_kernel(
     group_I = block * GROUPS + tl.arange(0, GROUPS)
     index_IG = group_I[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     pre_IG = tl.load(pre_ptr + index_IG, mask=index_IG < n_entries, other=0).to(tl.float32)
-    above_IG = (pre_IG <= tl.where(guess > 0, guess, 0)) == 0  # so is NaN
+    above_IG = (pre_IG <= tl.where(guess > 0, guess, 0)) == 0  # true for NaN
     above_I = tl.sum(above_IG.to(tl.int32), axis=1)
     hot_I = (above_I > 0).to(tl.int32)
     count = tl.sum(hot_I, axis=0)
@@ -353,7 +361,7 @@ def _filter_kernel(
     tl.store(count_ptr + block, count)
 
 
-@triton.jit
+@jit
 def _descend(histogram_ptr, state_ptr, n, DIGITS: tl.constexpr):
     """(the first DIGITS digits of the n-th largest key, its rank among the keys that begin with them)
 
@@ -373,7 +381,7 @@ def _descend(histogram_ptr, state_ptr, n, DIGITS: tl.constexpr):
     return prefix, rank
 
 
-@triton.jit
+@jit
 def _histogram_kernel(
     pre_ptr,
     pool_ptr,
@@ -402,7 +410,7 @@ def _histogram_kernel(
     tl.atomic_add(histogram_ptr + DIGITS * 256 + tl.arange(0, 256), counts_I, mask=counts_I > 0, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _place_kernel(
     pre_ptr,
     pool_ptr,
@@ -441,12 +449,9 @@ def _place_kernel(
         index_I, key_I = tl.reshape(index_IG, [GROUPS * GROUP]), tl.reshape(key_IG, [GROUPS * GROUP])
         above_I, equal_I = (key_I > threshold).to(tl.int32), (key_I == threshold).to(tl.int32)
         if WRITE:
-            above_before_I, equal_before_I = (
-                n_above + tl.cumsum(above_I) - above_I,
-                n_equal + tl.cumsum(equal_I) - equal_I,
-            )
+            equal_before_I = n_equal + tl.cumsum(equal_I) - equal_I
             chosen_I = (above_I == 1) | ((equal_I == 1) & (equal_before_I < ties))
-            at_I = above_before_I + tl.minimum(equal_before_I, ties)
+            at_I = n_above + tl.cumsum(above_I) - above_I + tl.minimum(equal_before_I, ties)
             tl.store(values_ptr + at_I, key_I.to(tl.float32, bitcast=True), mask=chosen_I)
             tl.store(flat_ptr + at_I, index_I, mask=chosen_I)
         n_above += tl.sum(above_I, axis=0)
@@ -465,16 +470,17 @@ def select_batch_topk(pre_BF: Tensor, n: int, guess: Tensor | None) -> tuple[Ten
     16 bytes with an entry above it go to a pool, in which a radix select finds the n-th largest key, 8 bits a launch.
     If fewer than n entries are above it, or more groups than the pool takes, and without a guess, the same launches go
     through all groups instead: the device decides.  Reads pre once (134 MB in fp32, 67 MB in bf16 for B 2048, F 16384)
-    and the pool's groups, a few percent of it, from the L2 cache; without a good guess 6 times in fp32, 4 in bf16.
+    and then the pool's groups, a few percent of it, from the L2 cache; without a good guess 6 times more in fp32, 4
+    times in bf16.
     """
     pre_BF = pre_BF.contiguous()
     n_entries = pre_BF.numel()
-    assert n <= n_entries < 2**31  # indices and counts are int32
+    assert n <= n_entries <= 2**31 - BLOCK  # indices and counts are int32
     values_n, flat_n = pre_BF.new_empty(n), pre_BF.new_empty(n, dtype=torch.int64)
     if n == 0:
         return values_n, flat_n
     n_digits, group = 2 if pre_BF.dtype == torch.bfloat16 else 4, 16 // pre_BF.element_size()
-    n_blocks, pool_size = triton.cdiv(n_entries, BLOCK), min(POOL * n, triton.cdiv(n_entries, group))
+    n_blocks, pool_size = cdiv(n_entries, BLOCK), min(POOL * n, cdiv(n_entries, group))
     pool, bases, counts = (pre_BF.new_empty(size, dtype=torch.int32) for size in (pool_size, n_blocks, n_blocks))
     histograms = pre_BF.new_zeros(n_digits + 1, 256, dtype=torch.int32)
     ranks, state = pre_BF.new_empty(2, n_blocks, dtype=torch.int32), histograms[n_digits]
@@ -484,7 +490,7 @@ def select_batch_topk(pre_BF: Tensor, n: int, guess: Tensor | None) -> tuple[Ten
             *(pre_BF, guess, pool, bases, counts, state, *sizes), GROUP=group, GROUPS=BLOCK // group, num_warps=8
         )
     for digits in range(n_digits):
-        _histogram_kernel[(min(triton.cdiv(n_entries, HISTOGRAM_TILE), HISTOGRAM_PROGRAMS),)](
+        _histogram_kernel[(min(cdiv(n_entries, HISTOGRAM_TILE), HISTOGRAM_PROGRAMS),)](
             *(pre_BF, pool, histograms, state, *sizes, n),
             DIGITS=digits,
             GROUP=group,

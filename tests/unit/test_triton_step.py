@@ -9,7 +9,7 @@ from dictionary_learning.trainers.trainer import SparseTrainer
 
 pytest.importorskip("triton")
 
-B, D, F, STEPS = 8, 12, 24, 30
+B, D, F, STEPS = 8, 12, 32, 30
 SWEEP = Sweep(
     num_tokens=STEPS * B,
     sae_batch_size=B,
