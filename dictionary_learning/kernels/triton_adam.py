@@ -97,7 +97,7 @@ def _adam_kernel(
         norm_R = tl.maximum(tl.sqrt_rn(tl.sum(weight_RD * weight_RD, axis=1)) + renorm_eps, TINY)
         weight_RD = tl.div_rn(weight_RD, norm_R[:, None])
     tl.store(weight_ptr + at_RD, weight_RD, mask=live_RD)
-    tl.store(exp_avg_ptr + at_RD, exp_avg_RD, mask=live_RD)
+    tl.store(exp_avg_ptr + at_RD, exp_avg_RD, mask=live_RD & (void == 0))
     tl.store(exp_avg_sq_ptr + at_RD, exp_avg_sq_RD, mask=live_RD & (void == 0))
 
 
