@@ -13,20 +13,14 @@ The table: median seconds a step, the spread (interquartile range over median), 
 """
 
 import argparse
-import importlib.abc
-import importlib.machinery
-import json
 import os
-import statistics
-import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
+import contest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 LR, STEPS = 3e-4, 100_000
 DENSITY = 0.02  # of the ReLU family, whose L0 is no setting
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -154,29 +148,6 @@ def sparsify_step(D: int, F: int, k: int, x_BD: torch.Tensor):
 # -- a contestant's process
 
 
-class StubImports(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules for what the reference imports at its top and a step does not use."""
-
-    NAMES = {"circuitsvis", "datasets", "nnsight", "pandas", "plotly", "transformers", "umap", "wandb", "zstandard"}
-
-    class Module(types.ModuleType):
-        __path__: list[str] = []
-
-        def __getattr__(self, name: str):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in self.NAMES else None
-
-    def create_module(self, spec):
-        return self.Module(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
 def peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
@@ -190,10 +161,10 @@ def now_bytes(device: str) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def contest(contestant: str, architecture: str, D: int, F: int, B: int, k: int, device: str) -> None:
+def compete(contestant: str, architecture: str, D: int, F: int, B: int, k: int, device: str) -> None:
     """Take a step for each line of standard input, and answer with its seconds."""
     if contestant == "reference":
-        sys.meta_path.insert(0, StubImports())
+        sys.meta_path.insert(0, contest.StubImports())
     torch.manual_seed(0)
     directions = torch.randn(4 * D, D, device=device) / D**0.5
     x_BD = (torch.rand(B, 4 * D, device=device) < 0.02).float() @ directions
@@ -202,46 +173,22 @@ def contest(contestant: str, architecture: str, D: int, F: int, B: int, k: int, 
     before = now_bytes(device)
     for i in range(2):
         step(i)
-    print(json.dumps({"peak": peak_bytes(device) - before}), flush=True)
-    for i, _ in enumerate(sys.stdin, start=2):
+    contest.answer(peak=peak_bytes(device) - before)
+    for i, _ in enumerate(contest.questions(), start=2):
         start = time.perf_counter()
         step(i)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+        contest.synchronize(device)
+        contest.answer(seconds=time.perf_counter() - start)
 
 
-class Contestant:
-    """A process that takes steps when asked."""
-
-    def __init__(self, name: str, where: str | None, arguments: list[str]):
-        path, python = ROOT, sys.executable
-        if where is not None and Path(where).is_dir():
-            path = Path(where).resolve()
-        elif where is not None:
-            python = where
-        environment = {**os.environ, "PYTHONPATH": str(path) if name in ("ours", "reference") else ""}
-        if name == "ours":
-            environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as demo.py sets it
-        command = [python, __file__, "--contestant", name, *arguments]
-        self.name = name
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd="/"
-        )
-        self.peak = self._answer()["peak"]
-        self.seconds: list[float] = []
-
-    def _answer(self) -> dict:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{self.name} stopped with code {self.process.wait()}")
-
-    def step(self) -> None:
-        assert self.process.stdin is not None
-        print("step", file=self.process.stdin, flush=True)
-        self.seconds.append(self._answer()["seconds"])
+def enter(name: str, where: str | None, arguments: list[str]) -> contest.Contestant:
+    path, python = contest.ROOT, sys.executable
+    if where is not None and Path(where).is_dir():
+        path = Path(where).resolve()
+    elif where is not None:
+        python = where
+    command = [__file__, "--contestant", name, *arguments]
+    return contest.Contestant(name, command, path if name in ("ours", "reference") else "", python)
 
 
 def compare(
@@ -254,18 +201,14 @@ def compare(
         names.pop("sparsify", None)
     if architecture == "matryoshka_batch_top_k":
         names.pop("saelens", None)
-    contestants = [Contestant(name, where, arguments) for name, where in names.items()]
-    for _ in range(rounds):
-        for contestant in contestants:
-            contestant.step()
-    ours = contestants[0].seconds
+    contestants = [enter(name, where, arguments) for name, where in names.items()]
+    contest.rounds(contestants, rounds)
     for c in contestants:
-        low, median, high = statistics.quantiles(c.seconds, n=4)
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(c.seconds, ours, strict=True))
-        cells = (f"{D},{F},{B},{k}", architecture, c.name, f"{median:.4f}", f"{(high - low) / median:.0%}")
-        print(f"| {' | '.join(cells)} | {ratio:.2f} | {c.peak / 2**20:.0f} |", flush=True)
-        c.process.kill()
-        c.process.wait()
+        seconds, spread = contest.median_and_spread([answer["seconds"] for answer in c.answers])
+        ratio = contest.median_ratio(c, contestants[0])
+        cells = (f"{D},{F},{B},{k}", architecture, c.name, f"{seconds:.4f}", f"{spread:.0%}")
+        print(f"| {' | '.join(cells)} | {ratio:.2f} | {c.ready['peak'] / 2**20:.0f} |", flush=True)
+        c.stop()
 
 
 def main() -> None:
@@ -280,10 +223,10 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split(","))) for shape in args.shapes]
     if args.contestant:
         D, F, B, k = shapes[0]
-        contest(args.contestant, args.architectures[0], D, F, B, k, args.device)
+        compete(args.contestant, args.architectures[0], D, F, B, k, args.device)
         return
     peers = dict(peer.split("=", 1) for peer in args.peer)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, fp32, {args.rounds} rounds")
+    print(f"{contest.machine(args.device)}, fp32, {args.rounds} rounds")
     print("| D,F,B,k | architecture | contestant | s/step | spread | ratio to ours | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for shape in shapes:

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from dictionary_learning.buffer import position_mask
 from dictionary_learning.dictionary import Dictionary, TopKDictionary
 from dictionary_learning.model import LanguageModel
 
-# Tokens an SAE sees at a time: unmasked neighbours of one context, however contexts are batched. It bounds the N x F
-# tensors, and it is the "batch" of a per-batch top-k, which would otherwise depend on the evaluation's batch size.
+# Tokens an SAE sees at a time. It bounds the N x F tensors, and it is the "batch" of a per-batch top-k: unmasked
+# neighbours of one context, lest the result depend on the evaluation's batch size.
 GROUP_TOKENS = 2048
 
 LOGITS_AT_A_TIME = 2**25  # in float32: 128 MiB a tensor
+CACHED_LOGITS = 2**20  # the same on the CPU, where what stays in its cache is faster
 
 # the keys of the reference's eval_results.json, and what exact top-k reports beside its SAE's default
 REFERENCE_METRICS = (
@@ -56,10 +56,13 @@ class Ratios:
         self.n_samples = 0
         self._sum_M = self._products_MM = torch.zeros((), dtype=torch.float64)
 
-    def add(self, **quantities_S: Tensor) -> None:
-        """S more samples: the sum of each quantity within each of them."""
-        self.names = list(quantities_S)
-        rows_SM = torch.stack(list(quantities_S.values()), dim=1).cpu().double()
+    def add(self, lengths: list[int] | None = None, **quantities_N: Tensor) -> None:
+        """N more samples: the sum of each quantity within each of them. With `lengths`, each so many rows are one."""
+        self.names = list(quantities_N)
+        rows_SM = torch.stack(list(quantities_N.values()), dim=1)
+        if lengths is not None:
+            rows_SM = torch.stack([rows_nM.sum(0) for rows_nM in rows_SM.split(lengths)])
+        rows_SM = rows_SM.cpu().double()
         self.n_samples += len(rows_SM)
         self._sum_M = self._sum_M + rows_SM.sum(0)
         self._products_MM = self._products_MM + rows_SM.T @ rows_SM
@@ -94,8 +97,8 @@ class Metrics:
         self.n_tokens = 0
         self._centre_D = self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
 
-    def update(self, x_ND: Tensor, x_hat_ND: Tensor, f_NF: Tensor, one_sample: bool = False) -> None:
-        """Add N tokens; `one_sample` says that they are neighbours, which standard errors count as one sample."""
+    def update(self, x_ND: Tensor, x_hat_ND: Tensor, f_NF: Tensor, samples: list[int] | None = None) -> None:
+        """Add N tokens; `samples` says how many neighbours at a time are one sample, by default each token."""
         wide = torch.float32 if x_ND.device.type == "mps" else torch.float64  # mps has no float64
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
         if self.n_tokens == 0:
@@ -117,9 +120,7 @@ class Metrics:
             "error_sq": (error_ND**2).sum(1),
             "centred_sq": (centred_ND**2).sum(1),
         }
-        if one_sample:
-            quantities_N = {name: quantity_N.sum(0, keepdim=True) for name, quantity_N in quantities_N.items()}
-        self.ratios.add(**quantities_N)
+        self.ratios.add(samples, **quantities_N)
         self.n_tokens += len(x_ND)
         self._x_sum_D = self._x_sum_D + centred_ND.sum(0).cpu()
         self._error_sum_D = self._error_sum_D + error_ND.sum(0).cpu()
@@ -185,20 +186,34 @@ def evaluate(
     return metrics.compute()
 
 
-def token_losses(logits_BLV: Tensor, original_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the next token, and KL(original || logits), in nats: two (B, L) float64 tensors on the CPU.
+def log_probabilities(logits_BLV: Tensor) -> Tensor:
+    """log softmax in float32, written over the logits if that is what they are in."""
+    log_p_BLV = logits_BLV.float()
+    for log_p_LV in log_p_BLV:
+        for log_p_NV in log_p_LV.split(_positions(log_p_BLV)):
+            log_p_NV.copy_(log_p_NV.log_softmax(-1))
+    return log_p_BLV
 
-    Taken in float32, a few positions at a time: a float32 copy of all logits can be larger than the model. The last
-    position has no next token; its cross entropy means nothing.
+
+def _positions(logits_BLV: Tensor) -> int:
+    """How many at a time: a copy of all logits can be larger than the model."""
+    n_logits = CACHED_LOGITS if logits_BLV.device.type == "cpu" else LOGITS_AT_A_TIME
+    return max(1, n_logits // logits_BLV.shape[-1])
+
+
+def token_losses(logits_BLV: Tensor, log_q_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the next token, and KL(q || p), in nats: two (B, L) float64 tensors on the CPU.
+
+    logits_BLV: of p. log_q_BLV: what `log_probabilities` makes of the model's own logits. The last position has no next
+    token; its cross entropy means nothing.
     """
-    positions = max(1, LOGITS_AT_A_TIME // logits_BLV.shape[-1])
     next_BL = tokens_BL.roll(-1, dims=1).to(logits_BLV.device)
-    pieces = (tensor.flatten(0, 1).split(positions) for tensor in (logits_BLV, original_BLV, next_BL))
+    pieces = (tensor.flatten(0, 1).split(_positions(logits_BLV)) for tensor in (logits_BLV, log_q_BLV, next_BL))
     losses = []
-    for logits_NV, original_NV, next_N in zip(*pieces, strict=True):
-        log_p_NV, log_q_NV = logits_NV.float().log_softmax(-1), original_NV.float().log_softmax(-1)
+    for logits_NV, log_q_NV, next_N in zip(*pieces, strict=True):
+        log_p_NV = logits_NV.float().log_softmax(-1)
         cross_entropy_N = -log_p_NV.gather(1, next_N[:, None]).squeeze(1)
-        kl_N = kl_div(log_p_NV, log_q_NV, reduction="none", log_target=True).sum(1)
+        kl_N = torch.linalg.vecdot(log_q_NV.exp(), torch.sub(log_q_NV, log_p_NV, out=log_p_NV))
         losses.append(torch.stack([cross_entropy_N, kl_N]).cpu().double())
     cross_entropy_BL, kl_BL = torch.cat(losses, dim=1).view(2, *tokens_BL.shape)
     return cross_entropy_BL, kl_BL
@@ -217,17 +232,19 @@ class Site:
         layer: int,
         text: Text,
         x_BLD: Tensor,
-        logits_BLV: Tensor,
+        log_q_BLV: Tensor,
         keep_BL: Tensor,
         mean_D: Tensor,
     ):
         self.lm, self.layer, self.text = lm, layer, text
-        self.x_BLD, self.logits_BLV, self.keep_BL = x_BLD, logits_BLV, keep_BL
+        self.x_BLD, self.log_q_BLV, self.keep_BL = x_BLD, log_q_BLV, keep_BL
+        self.x_ND, self.lengths = x_BLD[keep_BL].float(), keep_BL.sum(1).tolist()
         followed_BL = text[1].bool().cpu().roll(-1, dims=1)
         followed_BL[:, -1] = False
         self.scored_BL = keep_BL.cpu() & followed_BL
         self.n_scored_S = self._by_context(torch.ones(followed_BL.shape, dtype=torch.float64))
-        self.original_S = self._by_context(token_losses(logits_BLV, logits_BLV, text[0])[0])
+        next_BL1 = text[0].roll(-1, dims=1).to(log_q_BLV.device)[..., None]
+        self.original_S = self._by_context(-log_q_BLV.gather(2, next_BL1).squeeze(2).cpu().double())
         if not self.original_S.isfinite().all():
             raise ValueError(f"the loss of {lm.name} in {lm.dtype} is not finite on this text: try another dtype.")
         self.zero_S, self.zero_kl_S = self.losses(torch.zeros_like(mean_D))
@@ -242,26 +259,40 @@ class Site:
         x_BLD = self.x_BLD.clone()
         x_BLD[self.keep_BL] = x_hat_ND.to(x_BLD.dtype)
         logits_BLV = self.lm.run_from(self.layer, x_BLD, *self.text)
-        cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.logits_BLV, self.text[0])
+        cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.log_q_BLV, self.text[0])
         return self._by_context(cross_entropy_BL), self._by_context(kl_BL)
 
 
-class Scores:
-    """The sums of one SAE, run in one way: x_ND -> (x_hat_ND, f_NF)."""
+def groups_of(lengths: list[int], apart: bool) -> list[list[int]]:
+    """Contexts of these lengths in groups of at most GROUP_TOKENS; a longer one in several, with `apart` each alone."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        for start in range(0, length, GROUP_TOKENS):
+            n = min(length - start, GROUP_TOKENS)
+            if groups and not apart and sum(groups[-1]) + n <= GROUP_TOKENS:
+                groups[-1].append(n)
+            else:
+                groups.append([n])
+    return groups
 
-    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        self.run = run
+
+class Scores:
+    """The sums of one SAE, run in one way: x_ND -> (x_hat_ND, f_NF).
+
+    apart: what it makes of a token depends on the others, so it is never given those of two contexts.
+    """
+
+    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], apart: bool):
+        self.run, self.apart = run, apart
         self.metrics, self.losses = Metrics(), Ratios()
 
     def update(self, site: Site) -> None:
         """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
-        x_hats = []
-        for x_LD, keep_L in zip(site.x_BLD, site.keep_BL, strict=True):
-            for x_ND in x_LD[keep_L].float().split(GROUP_TOKENS):
-                if len(x_ND):
-                    x_hat_ND, f_NF = self.run(x_ND)
-                    self.metrics.update(x_ND, x_hat_ND, f_NF, one_sample=True)
-                    x_hats.append(x_hat_ND)
+        groups, x_hats = groups_of(site.lengths, self.apart), []
+        for lengths, x_ND in zip(groups, site.x_ND.split([sum(lengths) for lengths in groups]), strict=True):
+            x_hat_ND, f_NF = self.run(x_ND)
+            self.metrics.update(x_ND, x_hat_ND, f_NF, samples=lengths)
+            x_hats.append(x_hat_ND)
         x_hat_ND = torch.cat(x_hats)
         if not x_hat_ND.isfinite().all():
             raise ValueError("its reconstruction has values that are not finite.")
@@ -314,15 +345,19 @@ class Subject:
             self.error = f"it takes {sae.activation_dim} dimensions, but the model has {lm.activation_dim}."
 
     def _ways(self) -> list[Scores]:
-        sae, ways = self.sae, [Scores(lambda x_ND: self.sae(x_ND, output_features=True))]
-        if isinstance(sae, TopKDictionary):
+        sae = self.sae
 
-            def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-                f_NF = sae.encode(x_ND, use_threshold=False)
-                return sae.decode(f_NF), f_NF
+        def default(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            return sae(x_ND, output_features=True)
 
-            ways.append(Scores(exact_top_k))
-        return ways
+        if not isinstance(sae, TopKDictionary):
+            return [Scores(default, apart=False)]
+
+        def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            f_NF = sae.encode(x_ND, use_threshold=False)
+            return sae.decode(f_NF), f_NF
+
+        return [Scores(default, apart=bool(sae.threshold < 0)), Scores(exact_top_k, apart=True)]
 
     def update(self, site: Site) -> None:
         """Add a batch of this SAE's layer, unless it has failed; a failure is kept, and stops no other SAE."""
@@ -412,10 +447,12 @@ def evaluate_saes(
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
     for i, text in enumerate(texts):
         logits_BLV, x_by_layer = lm.run(*text, layers)
+        log_q_BLV = log_probabilities(logits_BLV)
+        del logits_BLV
         for layer, x_BLD in x_by_layer.items():
             keep_BL = survey.keep[layer][i]
             if keep_BL.any():
-                site = Site(lm, layer, text, x_BLD, logits_BLV, keep_BL, survey.mean_D[layer])
+                site = Site(lm, layer, text, x_BLD, log_q_BLV, keep_BL, survey.mean_D[layer])
                 for subject in subjects.values():
                     if subject.layer == layer:
                         subject.update(site)
