@@ -35,7 +35,8 @@ def gradient_norms(
         grad_rD, weight_rD = grad[r], weight_FD[r]
         norm_r = torch.linalg.vector_norm(weight_rD, dim=1)
         dot_r = torch.linalg.vecdot(grad_rD, weight_rD)
-        along_r = dot_r / (norm_r + projection_eps).clamp(min=torch.finfo(norm_r.dtype).tiny).square()
+        divisor_r = (norm_r + projection_eps).clamp(min=torch.finfo(norm_r.dtype).tiny)
+        along_r = dot_r / divisor_r / divisor_r  # twice: the square of a tiny norm would be zero
         grad_square_r = torch.linalg.vector_norm(grad_rD, dim=1).square()
         squares.append(grad_square_r - 2 * along_r * dot_r + (along_r * norm_r).square())
         along.append(along_r)

@@ -281,7 +281,7 @@ def _topk_by_bound(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
         if bound_b1 is None:
             # twice as many as the sample's share of k, and some: 3 standard deviations if latents are alike
             rank = 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
-            if 4 * rank > pre_bc.shape[1]:  # then to look at all is cheaper
+            if 4 * rank > pre_bc.shape[1] or pre_bc.shape[1] == len(block.weight_FD):  # to look at all is cheaper
                 return _topk_of_all(block, k)
             bound_b1 = pre_bc.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0)
         candidates.add(pre_bc, pre_bc > bound_b1, latents)

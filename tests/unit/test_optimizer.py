@@ -94,6 +94,12 @@ def test_a_gradient_along_the_weight_leaves_nothing_to_follow():
     assert 0 <= float(square) < 1e-3
 
 
+def test_a_row_of_zeros_has_no_direction():
+    weight_FD = torch.zeros(F, D)
+    square, along_F = adam.gradient_norms(torch.ones(F, D), weight_FD)
+    assert float(square) == F * D and not along_F.any()
+
+
 def test_kernels_of_another_name_are_refused():
     with pytest.raises(ValueError, match="kernels must be torch or triton, not 'cuda'"):
         use_kernels("cuda")
