@@ -23,6 +23,11 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small() -> list[str]:
+    return SMALL
+
+
 @pytest.fixture
 def command(tiny_model_folder, text_file, tmp_path):
     """command(*flags) -> the arguments of a small run in tmp_path."""

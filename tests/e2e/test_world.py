@@ -27,13 +27,11 @@ def arguments(command):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_model_folder, text_file) -> Path:
+def straight(tmp_path_factory, tiny_model_folder, text_file, small) -> Path:
     """The run in one process, evaluated."""
-    from conftest import SMALL
-
     folder = tmp_path_factory.mktemp("straight")
     fixed = ["--model_name", str(tiny_model_folder), "--dataset", str(text_file), "--save_dir", str(folder)]
-    assert demo.main([*fixed, *SMALL, *FLAGS]) == 0
+    assert demo.main([*fixed, *small, *FLAGS]) == 0
     return folder
 
 
