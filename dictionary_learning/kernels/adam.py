@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CACHED_ENTRIES = 2**17  # of each of the four or five tensors of a pass: 512 KB in fp32
+CACHED_ENTRIES = 2**19  # of each of the four or five tensors of a pass: 2 MB in fp32
 
 
 def _slices(rows: Tensor) -> Iterator[slice]:

@@ -10,6 +10,7 @@ candidates, and M is the number of candidates of the token that has most; pre = 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,36 +60,40 @@ class Candidates:
     """What the tiles of a block leave."""
 
     block: Encoder
-    parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # (pre_n, token_n, latent_n, rank among its token's)
-    counts_b: Tensor | int = 0  # of each token so far
+    parts: list[Chosen] = field(default_factory=list)  # of each tile, tokens counted from the block's first
+    counts: list[Tensor] = field(default_factory=list)  # of each tile, how many each token has there
 
     def add(self, pre_bc: Tensor, chosen_bc: Tensor, latents: slice) -> None:
         flat_n = _nonzero(chosen_bc.flatten())
         token_n = torch.div(flat_n, pre_bc.shape[1], rounding_mode="floor")
         latent_n = flat_n - token_n * pre_bc.shape[1] + latents.start
-        counts_b = torch.bincount(token_n, minlength=len(pre_bc))
-        # within a tile they ascend by token: each stands as far from its token's first as its rank says
-        first_b = counts_b.cumsum(0) - counts_b
-        rank_n = torch.arange(len(flat_n), device=flat_n.device) + (self.counts_b - first_b)[token_n]
-        self.parts.append((pre_bc.flatten()[flat_n], token_n, latent_n, rank_n))
-        self.counts_b = self.counts_b + counts_b
+        self.parts.append((pre_bc.flatten()[flat_n], token_n, latent_n))
+        self.counts.append(torch.bincount(token_n, minlength=len(pre_bc)))
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        assert isinstance(self.counts_b, Tensor)
-        pre_N, token_N, latent_N, rank_N = (torch.cat(column) for column in zip(*self.parts, strict=True))
-        return pre_N, token_N, latent_N, rank_N, self.counts_b
+    def _ranks(self) -> tuple[Tensor, Tensor]:
+        """(rank_N of each among its token's candidates, counts_b of each token's)"""
+        ranks, before_b = [], torch.zeros_like(self.counts[0])
+        for (_, token_n, _), counts_b in zip(self.parts, self.counts, strict=True):
+            # within a tile they ascend by token: each stands as far from its token's first as its rank says
+            first_b = counts_b.cumsum(0) - counts_b
+            ranks.append(torch.arange(len(token_n), device=token_n.device) + (before_b - first_b)[token_n])
+            before_b = before_b + counts_b
+        return torch.cat(ranks), before_b
 
     def in_order(self) -> Chosen:
         """All of them, counted into place: a sort would take longer."""
-        pre_N, token_N, latent_N, rank_N, counts_b = self._joined()
-        place_N = (counts_b.cumsum(0) - counts_b)[token_N] + rank_N
-        columns = (pre_N, token_N + self.block.first_token, latent_N)
-        pre_N, token_N, latent_N = (torch.empty_like(x_N).index_copy_(0, place_N, x_N) for x_N in columns)
-        return pre_N, token_N, latent_N
+        pre_N, token_N, latent_N = _joined(self.parts)
+        if len(self.parts) > 1:
+            rank_N, counts_b = self._ranks()
+            place_N = (counts_b.cumsum(0) - counts_b)[token_N] + rank_N
+            columns = (pre_N, token_N, latent_N)
+            pre_N, token_N, latent_N = (torch.empty_like(x_N).index_copy_(0, place_N, x_N) for x_N in columns)
+        return pre_N, token_N + self.block.first_token, latent_N
 
     def largest_of_each_token(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(pre_bK, latent_bK, missing_r): the last are the tokens with fewer than k, whose rows mean nothing."""
-        pre_N, token_N, latent_N, rank_N, counts_b = self._joined()
+        pre_N, token_N, latent_N = _joined(self.parts)
+        rank_N, counts_b = self._ranks()
         shape = len(counts_b), max(k, int(counts_b.max()))
         pre_bM = pre_N.new_full(shape, -torch.inf).index_put_((token_N, rank_N), pre_N)
         latent_bM = latent_N.new_zeros(shape).index_put_((token_N, rank_N), latent_N)
@@ -96,18 +101,25 @@ class Candidates:
         return top.values, latent_bM.gather(1, top.indices), torch.nonzero(counts_b < k).squeeze(1)
 
 
-def _nonzero(chosen_n: Tensor) -> Tensor:
-    """The indices of the true ones.  Few are: looked for by eight first, they are found three times as fast."""
-    if len(chosen_n) % 8:
-        return torch.nonzero(chosen_n).squeeze(1)
-    word_n = torch.nonzero(chosen_n.view(torch.int64)).squeeze(1)
-    flat_n = torch.nonzero(chosen_n.view(-1, 8)[word_n].flatten()).squeeze(1)
-    return 8 * word_n[flat_n // 8] + flat_n % 8
-
-
 def _joined(parts: list[Chosen]) -> Chosen:
+    if len(parts) == 1:
+        return parts[0]
     pre_N, token_N, latent_N = (torch.cat(column) for column in zip(*parts, strict=True))
     return pre_N, token_N, latent_N
+
+
+def _nonzero(chosen_n: Tensor) -> Tensor:
+    """The indices of the true ones."""
+    if chosen_n.device.type == "cpu":  # numpy takes a third of the time of torch
+        return torch.from_numpy(np.flatnonzero(chosen_n.numpy()))
+    return torch.nonzero(chosen_n).squeeze(1)
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """Of each row, on the CPU: numpy finds it with vector instructions."""
+    column = values.shape[-1] - k
+    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()  # numpy has no bf16
+    return torch.from_numpy(np.partition(wide.numpy(), column)[..., column]).to(values.dtype)
 
 
 def _encode(
@@ -237,7 +249,7 @@ def _bounds(encoder: Encoder, n: float, guess: Tensor | None) -> Iterator[Tensor
     share = n * pre_bc.numel() / (len(encoder.z_bD) * len(encoder.weight_FD))
     for rank in (1.5 * share, 6 * share):
         rank = min(max(1, int(rank)), pre_bc.numel())
-        yield pre_bc.flatten().topk(rank, sorted=False).values.min().clamp(min=0)
+        yield _kth_largest(pre_bc.flatten(), rank).clamp(min=0)
     yield pre_bc.new_zeros(())
 
 
@@ -246,15 +258,15 @@ def _largest(chosen: Chosen, n: int) -> Chosen:
     pre_N = chosen[0]
     if len(pre_N) <= n:
         return chosen
-    threshold = pre_N.topk(n, sorted=False).values.min()
+    threshold = _kth_largest(pre_N, n)
     keep_N = pre_N > threshold
-    ties = torch.nonzero(pre_N == threshold).squeeze(1)
+    ties = _nonzero(pre_N == threshold)
     keep_N[ties[: n - int(keep_N.sum())]] = True
     return _taken(chosen, keep_N)
 
 
 def _taken(chosen: Chosen, keep_N: Tensor) -> Chosen:
-    kept = torch.nonzero(keep_N).squeeze(1)
+    kept = _nonzero(keep_N)
     pre_N, token_N, latent_N = (x_N[kept] for x_N in chosen)
     return pre_N, token_N, latent_N
 
@@ -281,9 +293,11 @@ def _topk_by_bound(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
         if bound_b1 is None:
             # twice as many as the sample's share of k, and some: 3 standard deviations if latents are alike
             rank = 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
-            if 4 * rank > pre_bc.shape[1] or pre_bc.shape[1] == len(block.weight_FD):  # to look at all is cheaper
+            if pre_bc.shape[1] == len(block.weight_FD):
+                return _topk_of_rows(pre_bc, k)
+            if 4 * rank > pre_bc.shape[1]:  # to look at all is cheaper
                 return _topk_of_all(block, k)
-            bound_b1 = pre_bc.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0)
+            bound_b1 = _kth_largest(pre_bc, rank)[:, None].clamp(min=0)
         candidates.add(pre_bc, pre_bc > bound_b1, latents)
     pre_bK, latent_bK, missing_r = candidates.largest_of_each_token(k)
     if len(missing_r):
@@ -294,9 +308,17 @@ def _topk_by_bound(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
 def _topk_of_all(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(relu(pre)_bK, latent_bK), from all F of each token, a few tokens at a time."""
     n = max(1, TILE_ENTRIES // len(block.weight_FD)) if block.tiled else len(block.z_bD)
-    kernels, tops = triton_ops(), []
-    for z_bD in block.z_bD.split(n):
-        pre_bF = torch.addmm(block.bias_F, z_bD, block.weight_FD.T)
-        tops.append(pre_bF.relu_().topk(k, dim=1, sorted=False) if kernels is None else kernels.select_topk(pre_bF, k))
+    tops = (_topk_of_rows(torch.addmm(block.bias_F, z_bD, block.weight_FD.T), k) for z_bD in block.z_bD.split(n))
     values, indices = zip(*tops, strict=True)
     return torch.cat(values), torch.cat(indices)
+
+
+def _topk_of_rows(pre_bc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(relu(pre)_bk, column_bk) of the k largest of each row."""
+    if (kernels := triton_ops()) is not None:
+        return kernels.select_topk(pre_bc, k)
+    if pre_bc.device.type == "cpu":  # nothing but ties makes more than k reach the k-th largest
+        flat_n = _nonzero((pre_bc >= _kth_largest(pre_bc, k)[:, None]).flatten())
+        if len(flat_n) == len(pre_bc) * k:
+            return pre_bc.flatten()[flat_n].relu_().view(-1, k), (flat_n % pre_bc.shape[1]).view(-1, k)
+    return pre_bc.relu_().topk(k, dim=1, sorted=False)

@@ -14,6 +14,7 @@ B tokens, D activation_dim, F dict_size, N chosen pairs, R rows decoded to (B, o
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,8 @@ class Code:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """(order_N, offsets_F): the pairs sorted by latent, and where each latent's begin."""
-        latent_N, order_N = self.latent_N.sort(stable=True)
-        return order_N, _offsets(latent_N, self.dict_size)
+        order_N = _stable_order(self.latent_N, self.dict_size)
+        return order_N, _offsets(self.latent_N[order_N], self.dict_size)
 
 
 @dataclass(eq=False)
@@ -100,6 +101,13 @@ class Features:
 
     def detach(self) -> "Features":
         return replace(self, values=self.values.detach())
+
+
+def _stable_order(key_N: Tensor, n_keys: int) -> Tensor:
+    """The indices that sort whole numbers below `n_keys`."""
+    if key_N.device.type == "cpu" and n_keys <= 2**16:  # a radix sort in two passes
+        return torch.from_numpy(key_N.numpy().astype(np.uint16).argsort(kind="stable"))
+    return key_N.argsort(stable=True)
 
 
 def _offsets(key_N: Tensor, n_bags: int) -> Tensor:
