@@ -772,7 +772,6 @@ def main(argv: list[str] | None = None) -> int:
             stack.enter_context(contextlib.redirect_stdout(silence))
         args = parse(argv)
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh gradients fault in 512 times as fast
         return walk(args)
 
 

@@ -40,7 +40,7 @@ class Contestant:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | ({"THP_MEM_ALLOC_ENABLE": "1"} if name == "ours" else {}),  # as demo.py sets it
+            env=environment,
             cwd="/",
         )
         self.ready = self._answer()
