@@ -35,7 +35,7 @@ class Code:
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """(order_N, offsets_F): the pairs sorted by latent, and where each latent's begin."""
         order_N = _stable_order(self.latent_N, self.dict_size)
-        return order_N, _offsets(self.latent_N[order_N], self.dict_size)
+        return order_N, _offsets(self.latent_N.index_select(0, order_N), self.dict_size)
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Features:
 
     def of_latent(self, values_F: Tensor) -> Tensor:
         """Per-latent values, in a shape that goes with `values`."""
-        return values_F if self.code is None else values_F[self.code.latent_N]
+        return values_F if self.code is None else values_F.index_select(0, self.code.latent_N)
 
     def sum_over_latents(self, values: Tensor) -> Tensor:
         """(B,): each token's sum of something of the shape of `values`."""
@@ -149,7 +149,8 @@ class _SparseDecode(torch.autograd.Function):
             grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
         if ctx.needs_input_grad[1]:
             order_N, offsets_F = ctx.code.by_latent
-            grad_decoder_FD = _bag(row_N[order_N], grad_RD, offsets_F, values_N[order_N]).to(ctx.weight_dtype)
+            sorted_row_N, sorted_values_N = row_N.index_select(0, order_N), values_N.index_select(0, order_N)
+            grad_decoder_FD = _bag(sorted_row_N, grad_RD, offsets_F, sorted_values_N).to(ctx.weight_dtype)
         return grad_values_N, grad_decoder_FD, None, None, None
 
 
@@ -173,7 +174,8 @@ class _PreActivations(torch.autograd.Function):
         if (kernels := triton_ops()) is not None:
             grad_encoder_FD, grad_bias_F = kernels.encoder_backward(grad_N, z_BD, code.token_N, order_N, offsets_F)
         else:
-            grad_encoder_FD = _bag(code.token_N[order_N], z_BD, offsets_F, grad_N[order_N].to(z_BD.dtype))
+            sorted_token_N, sorted_grad_N = code.token_N.index_select(0, order_N), grad_N.index_select(0, order_N)
+            grad_encoder_FD = _bag(sorted_token_N, z_BD, offsets_F, sorted_grad_N.to(z_BD.dtype))
             grad_bias_F = encoder_FD.new_zeros(code.dict_size)
             grad_bias_F.index_add_(0, code.latent_N, grad_N.to(encoder_FD.dtype))
         grad_encoder_FD, grad_bias_F = grad_encoder_FD.to(encoder_FD.dtype), grad_bias_F.to(encoder_FD.dtype)
