@@ -38,12 +38,16 @@ def sparse_features(kind: str, x_BD, encoder_FD, bias_F, b_dec_D, k: int) -> Fea
     return encode_above(x_BD, encoder_FD, bias_F, b_dec_D, 0.0)
 
 
-@pytest.mark.parametrize("tile", [(1, 10), (5, 5 * 10), (7, 7 * 16), (2048, 2**21)])  # tokens, entries
+# tokens and entries of a tile; None: no tiles, as on a GPU
+@pytest.mark.parametrize("tile", [(1, 10), (5, 5 * 10), (7, 7 * 16), (2048, 2**21), None])
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "above"])
 @pytest.mark.parametrize("k", [1, 7, F])
 def test_sparse_step_equals_dense_autograd(encoder, kind, k, tile, monkeypatch):
-    monkeypatch.setattr(select, "TILE_TOKENS", tile[0])
-    monkeypatch.setattr(select, "TILE_ENTRIES", tile[1])
+    if tile is None:
+        monkeypatch.setattr(select.Encoder, "tiled", False)
+    else:
+        monkeypatch.setattr(select, "TILE_TOKENS", tile[0])
+        monkeypatch.setattr(select, "TILE_ENTRIES", tile[1])
     x_BD, encoder_FD, bias_F, b_dec_D, decoder_FD = encoder
     leaves = [encoder_FD, bias_F, b_dec_D, decoder_FD]
 

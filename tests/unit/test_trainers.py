@@ -7,7 +7,9 @@ import torch
 
 from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
 from dictionary_learning.dictionary import TopKDictionary
+from dictionary_learning.kernels.select import Encoder
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer
+from dictionary_learning.trainers import trainer as trainer_module
 from dictionary_learning.trainers.top_k import geometric_median
 
 D, F, B, STEPS = 12, 48, 32, 60
@@ -22,6 +24,7 @@ SWEEP = Sweep(
     gated_penalties=[0.1],
 )
 NAMES = list(ARCHITECTURES)
+TOPK_FAMILY = [name for name, row in ARCHITECTURES.items() if row.varies == "k"]  # always sparse
 
 
 def make(name: str, **changes):
@@ -108,6 +111,29 @@ def test_training_lowers_the_error(name):
     assert (data[-1] - last.x_hat_BD).norm() < (data[0] - first.x_hat_BD).norm()
 
 
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "whole"])  # whole: as on a GPU
+@pytest.mark.parametrize(
+    "name, sparse", [(name, True) for name in NAMES] + [(name, False) for name in NAMES if name not in TOPK_FAMILY]
+)
+def test_bfloat16_matmuls_learn_as_much_with_weights_in_float32(name, sparse, tiled, monkeypatch):
+    monkeypatch.setattr(trainer_module, "SPARSE_BELOW", {"cpu": 1.1 if sparse else 0.0})
+    monkeypatch.setattr(Encoder, "tiled", tiled)
+    lost = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer, data = make(name), batches(STEPS)
+        for step, x_BD in enumerate(data):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                trainer.update(step, x_BD.to(dtype))
+        assert {tensor.dtype for tensor in trainer.parameters()} == {torch.float32}
+        assert all(moment.dtype == torch.float32 for moment in trainer.optimizer.buffers())
+        assert not trainer.stopped
+        out = trainer.loss(data[-1], STEPS).detach()
+        lost[dtype] = float((data[-1] - out.x_hat_BD).square().sum() / data[-1].square().sum())
+    assert 0 < lost[torch.float32] < 0.9
+    # jump_relu's kernel is hardly wider than the steps between numbers in bfloat16
+    assert lost[torch.bfloat16] == pytest.approx(lost[torch.float32], rel=0.15 if name == "jump_relu" else 0.05)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decoder_norms(name):
     """Unit norm after every step, except for standard_new, whose norms are free."""
@@ -145,7 +171,7 @@ def test_a_batch_that_is_not_finite_stops_the_sae_with_its_last_weights(name):
         torch.testing.assert_close(trainer.ae.state_dict()[parameter], before[parameter], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.varies == "k"])
+@pytest.mark.parametrize("name", TOPK_FAMILY)
 def test_topk_family(name):
     trainer, data = make(name, k=4), batches(STEPS)
     last = train(trainer, data)
