@@ -11,6 +11,20 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tensors are tiny, and workers run side by side
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Called, makes torch's kernels take the ways that they take on a GPU."""
+    from dictionary_learning.kernels import select, sparse
+    from dictionary_learning.trainers import trainer
+
+    def use() -> None:
+        for module in (select, sparse):
+            monkeypatch.setattr(module, "on_cpu", lambda tensor: False)
+        monkeypatch.setattr(trainer, "SPARSE_BELOW", {})
+
+    return use
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte, `<|endoftext|>` (id 0) as bos and eos."""

@@ -2,6 +2,8 @@
 
 from types import ModuleType
 
+from torch import Tensor
+
 from . import adam
 
 _triton_ops: ModuleType | None = None
@@ -31,3 +33,8 @@ def triton_ops() -> ModuleType | None:
 def optimizer() -> ModuleType:
     """`adam` or `triton_adam`, which have the same functions."""
     return _optimizer
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy can work on it, and a wait costs nothing."""
+    return tensor.device.type == "cpu"

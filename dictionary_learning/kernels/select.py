@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import triton_ops
+from .backend import on_cpu, triton_ops
 from .shard import WHOLE, Shard
 from .sparse import Code, Features, pre_activations
 
@@ -38,7 +38,7 @@ class Encoder:
 
     @property
     def tiled(self) -> bool:
-        return self.z_bD.device.type == "cpu" and triton_ops() is None
+        return on_cpu(self.z_bD) and triton_ops() is None
 
     def blocks(self) -> Iterator["Encoder"]:
         """Of as many tokens as a tile has, one after another."""
@@ -121,14 +121,14 @@ def _array(values: Tensor) -> np.ndarray:
 
 def _compared(compare: Callable[[Any, Any], Any], values: Tensor, bound: Tensor | float) -> Tensor:
     """Which values compare so with the bound."""
-    if values.device.type == "cpu":
+    if on_cpu(values):
         return torch.from_numpy(compare(_array(values), _array(torch.as_tensor(bound))))
     return compare(values, bound)
 
 
 def _nonzero(chosen_n: Tensor) -> Tensor:
     """The indices of the true ones."""
-    if chosen_n.device.type == "cpu":
+    if on_cpu(chosen_n):
         return torch.from_numpy(np.flatnonzero(chosen_n.numpy()))
     return torch.nonzero(chosen_n).squeeze(1)
 
@@ -334,7 +334,7 @@ def _topk_of_rows(pre_bc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(relu(pre)_bk, column_bk) of the k largest of each row."""
     if (kernels := triton_ops()) is not None:
         return kernels.select_topk(pre_bc, k)
-    if pre_bc.device.type == "cpu":  # nothing but ties makes more than k reach the k-th largest
+    if on_cpu(pre_bc):  # nothing but ties makes more than k reach the k-th largest
         flat_n = _nonzero(_compared(operator.ge, pre_bc, _kth_largest(pre_bc, k)[:, None]).flatten())
         if len(flat_n) == len(pre_bc) * k:
             values_n = pre_bc.flatten().index_select(0, flat_n).relu_()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import triton_ops
+from .backend import on_cpu, triton_ops
 from .shard import WHOLE, Shard
 
 
@@ -105,7 +105,7 @@ class Features:
 
 def _stable_order(key_N: Tensor, n_keys: int) -> Tensor:
     """The indices that sort whole numbers below `n_keys`."""
-    if key_N.device.type == "cpu" and n_keys <= 2**16:  # a radix sort in two passes
+    if on_cpu(key_N) and n_keys <= 2**16:  # a radix sort in two passes
         return torch.from_numpy(key_N.numpy().astype(np.uint16).argsort(kind="stable"))
     return key_N.argsort(stable=True)
 

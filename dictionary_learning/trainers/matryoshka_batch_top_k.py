@@ -75,7 +75,7 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
             x_hat_BD = x_hat_BD + part_BD
             errors.append(squared_error(x_BD, x_hat_BD))
         assert self.cfg.group_weights is not None
-        errors_G = torch.stack(errors) * x_BD.new_tensor(self.cfg.group_weights, dtype=torch.float32)
+        errors_G = torch.stack([weight * error for weight, error in zip(self.cfg.group_weights, errors, strict=True)])
         # weighted and averaged: with weights 1/G each term counts 1/G^2, in the reference too
         error = errors_G.mean()
         terms: Terms = {

@@ -2,9 +2,10 @@
 
 Gao et al. 2024, https://arxiv.org/abs/2406.04093
 
-B tokens in the batch, D activation_dim, F dict_size, N active pairs, A dead latents.
+B tokens in the batch, D activation_dim, F dict_size, N active pairs, A latents that may be dead.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,21 @@ def geometric_median(x_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Te
     return guess_D
 
 
+def begin_to_read(numbers: Tensor) -> Callable[[], list[int]]:
+    """Send whole numbers on their way to the host; what is returned waits for them alone, not for later work."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def read() -> list[int]:
+        arrived.synchronize()
+        return on_host.tolist()
+
+    return read
+
+
 class TopKTrainer(SAETrainer):
     """Squared error of the k largest activations, plus an auxiliary loss in which dead latents explain the residual."""
 
@@ -67,6 +83,9 @@ class TopKTrainer(SAETrainer):
         super().__init__(**settings)
         self.k = self.cfg.k  # beside the buffer, so that no step reads it from the device
         self.top_k_aux = self.cfg.activation_dim // 2  # appendix B.1
+        self._silent: tuple[int, Callable[[], list[int]]] | None = (
+            None  # n_tokens and what `_count_silent` says of them
+        )
 
     def build(self) -> Dictionary:
         dict_class = self.cfg.dict_class or self.dict_class
@@ -125,28 +144,46 @@ class TopKTrainer(SAETrainer):
 
         The dead latents' largest activations reconstruct the residual, in units of the residual's variance.
         """
-        # no latent can have been silent for longer than training has lasted: nothing to ask the device
-        if self.cfg.auxk_alpha <= 0 or self.tokens_seen + len(x_BD) < self.dead_feature_threshold:
+        n_own, n_all = self._silent_before(len(x_BD)) if self._may_have_dead(len(x_BD)) else (0, 0)
+        if n_all == 0:
             return 0.0, -1.0, 0
+        # these may be dead; which of them did not fire in this batch, only the device knows
+        latent_A = self.num_tokens_since_fired.topk(n_own, sorted=False).indices.sort().values
         dead_F = self.silent_tokens(fired_F, len(x_BD)) >= self.dead_feature_threshold
-        dead_A = torch.nonzero(dead_F).squeeze(1)
-        n_dead = int(self.shard.sum(dead_F.sum()))
-        if n_dead == 0:
-            return 0.0, -1.0, 0
-        ae, k = self.ae, min(self.top_k_aux, n_dead)
-        f_BA = torch.relu(linear(x_BD - ae.b_dec, ae.encoder_FD[dead_A], ae.encoder_bias_F[dead_A]))
-        top = f_BA.topk(min(k, len(dead_A)), dim=1, sorted=False)
+        dead_A, n_dead = dead_F.index_select(0, latent_A), self.shard.sum(dead_F.sum())
+        ae, k = self.ae, min(self.top_k_aux, n_all)
+        encoder_AD, bias_A = ae.encoder_FD.index_select(0, latent_A), ae.encoder_bias_F.index_select(0, latent_A)
+        f_BA = torch.where(dead_A, torch.relu(linear(x_BD - ae.b_dec, encoder_AD, bias_A)), 0)
+        top = f_BA.topk(min(k, n_own), dim=1, sorted=False)
         candidates_BK = torch.nn.functional.pad(top.values.detach(), (0, k - top.values.shape[1]), value=-torch.inf)
         chosen_BK = self.shard.largest_of_each_token(candidates_BK, k)[:, : top.values.shape[1]]
         f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, torch.where(chosen_BK, top.values, 0))
-        x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD[dead_A].T))
+        x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD.index_select(0, latent_A).T))
         residual_BD = (x_BD - x_hat_BD).detach()
         error = squared_error(residual_BD.float(), x_aux_BD.float())
         variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float())
-        return (error / variance).nan_to_num(0.0), error.detach(), n_dead
+        loss, some = (error / variance).nan_to_num(0.0), n_dead > 0
+        return torch.where(some, loss, 0), torch.where(some, error.detach(), -1), n_dead
+
+    def _may_have_dead(self, n_tokens: int) -> bool:
+        """Whether a latent can have been silent for so long, which is no longer than training has lasted."""
+        return self.cfg.auxk_alpha > 0 and self.tokens_seen + n_tokens >= self.dead_feature_threshold
+
+    def _count_silent(self, n_tokens: int) -> Callable[[], list[int]]:
+        """Begin to count the latents that will be dead if `n_tokens` more leave them silent: this share's, and all."""
+        n_own = (self.num_tokens_since_fired + n_tokens >= self.dead_feature_threshold).sum()
+        return begin_to_read(torch.stack([n_own, self.shard.sum(n_own)]))
+
+    def _silent_before(self, n_tokens: int) -> list[int]:
+        """That count, as it was begun after the step before: the device is then not waited for."""
+        if self._silent is None or self._silent[0] != n_tokens:
+            return self._count_silent(n_tokens)()
+        return self._silent[1]()
 
     @torch.no_grad()
     def after_step(self, step: int, out: LossOutput) -> None:
+        n_tokens = len(out.x_hat_BD)
+        self._silent = (n_tokens, self._count_silent(n_tokens)) if self._may_have_dead(n_tokens) else None
         threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
         if step > self.cfg.threshold_start_step or last:
             least = self.smallest_active(out)
@@ -168,4 +205,4 @@ class TopKTrainer(SAETrainer):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        self.k = state["k"]
+        self.k, self._silent = state["k"], None

@@ -42,9 +42,9 @@ def sparse_features(kind: str, x_BD, encoder_FD, bias_F, b_dec_D, k: int) -> Fea
 @pytest.mark.parametrize("tile", [(1, 10), (5, 5 * 10), (7, 7 * 16), (2048, 2**21), None])
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "above"])
 @pytest.mark.parametrize("k", [1, 7, F])
-def test_sparse_step_equals_dense_autograd(encoder, kind, k, tile, monkeypatch):
+def test_sparse_step_equals_dense_autograd(encoder, kind, k, tile, monkeypatch, as_on_a_gpu):
     if tile is None:
-        monkeypatch.setattr(select.Encoder, "tiled", False)
+        as_on_a_gpu()
     else:
         monkeypatch.setattr(select, "TILE_TOKENS", tile[0])
         monkeypatch.setattr(select, "TILE_ENTRIES", tile[1])

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
 from dictionary_learning.dictionary import TopKDictionary
-from dictionary_learning.kernels.select import Encoder
-from dictionary_learning.trainers import StandardTrainer, TopKTrainer
+from dictionary_learning.trainers import StandardTrainer, TopKTrainer, top_k
 from dictionary_learning.trainers import trainer as trainer_module
 from dictionary_learning.trainers.top_k import geometric_median
 
@@ -111,13 +112,14 @@ def test_training_lowers_the_error(name):
     assert (data[-1] - last.x_hat_BD).norm() < (data[0] - first.x_hat_BD).norm()
 
 
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "whole"])  # whole: as on a GPU
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a gpu"])
 @pytest.mark.parametrize(
     "name, sparse", [(name, True) for name in NAMES] + [(name, False) for name in NAMES if name not in TOPK_FAMILY]
 )
-def test_bfloat16_matmuls_learn_as_much_with_weights_in_float32(name, sparse, tiled, monkeypatch):
+def test_bfloat16_matmuls_learn_as_much_with_weights_in_float32(name, sparse, gpu, monkeypatch, as_on_a_gpu):
+    if gpu:
+        as_on_a_gpu()
     monkeypatch.setattr(trainer_module, "SPARSE_BELOW", {"cpu": 1.1 if sparse else 0.0})
-    monkeypatch.setattr(Encoder, "tiled", tiled)
     lost = {}
     for dtype in (torch.float32, torch.bfloat16):
         trainer, data = make(name), batches(STEPS)
@@ -235,6 +237,55 @@ def test_dead_latents_are_revived_by_the_auxiliary_loss():
     dead_F = trainer.silent_tokens(out.fired_F, B) >= trainer.dead_feature_threshold
     assert dead_F.any() and not dead_F.all()
     assert grads_FD[dead_F].any() and not grads_FD[~dead_F].any()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations for whose result, or its shape, the host would have to wait, and tensors made of its lists."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
+        assert not waits and operation.overloadpacket is not torch.ops.aten.lift_fresh, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_waits_for_the_device(name, monkeypatch, as_on_a_gpu):
+    as_on_a_gpu()
+    read_before = []  # what was sent to the host
+
+    def begin_to_read(numbers):
+        with _disable_current_modes():  # a copy that nothing waits for
+            read_before.append(numbers.tolist())
+        return lambda: read_before[-1]
+
+    monkeypatch.setattr(top_k, "begin_to_read", begin_to_read)
+    trainer, data = make(name, dead_feature_threshold=3 * B), batches(8)
+    with torch.no_grad():
+        trainer.ae.encoder_FD[F // 2 :] = 0
+    train(trainer, data[:5])
+    with NoWaiting():
+        for step in (5, 6, 7):
+            out = trainer.update(step, data[step])
+    if name in TOPK_FAMILY:
+        assert out.terms["dead_features"] > 0 and out.terms["auxk_loss"] > 0
+
+
+def test_the_auxiliary_loss_is_of_the_dead_latents_alone_when_others_revive_in_the_batch():
+    trainer, data = make("top_k", dead_feature_threshold=3 * B), batches(3)
+    for step in range(2):
+        trainer.update(step, data[step])
+    with torch.no_grad():
+        trainer.num_tokens_since_fired[:] = 3 * B
+        trainer._silent = None
+    ae, out = trainer.ae, trainer.loss(data[2], 2)
+    dead_F = ~out.fired_F
+    assert dead_F.any() and not dead_F.all() and out.terms["dead_features"] == dead_F.sum()
+    f_BF = torch.where(dead_F, torch.relu(linear(data[2] - ae.b_dec, ae.encoder_FD, ae.encoder_bias_F)), 0)
+    top = f_BF.topk(min(D // 2, int(dead_F.sum())), dim=1)
+    x_aux_BD = torch.zeros_like(f_BF).scatter(1, top.indices, top.values) @ ae.decoder_FD
+    residual_BD = data[2] - out.x_hat_BD
+    expected = (residual_BD - x_aux_BD).square().sum() / (residual_BD - residual_BD.mean(0)).square().sum()
+    torch.testing.assert_close(out.terms["auxk_loss"], expected)
 
 
 def test_k_annealing_ends_at_k():
