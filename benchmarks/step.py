@@ -5,7 +5,8 @@
         --peer reference=third_party/dictionary-learning-0.1.0 --peer saelens=PYTHON --peer sparsify=PYTHON
 
 Every contestant runs in a process of its own, one after the other takes its turn, so that whatever slows the machine
-slows all.  In a turn the first step finds the caches cold and is not timed; the next ones are, as in a training loop.
+slows all.  In a turn the first step finds the caches cold and does not count; then come as many as take about two
+seconds, as in a training loop.
 `--peer NAME=WHERE`: a folder with the package (reference) or the Python of an environment that has it (saelens,
 sparsify).  `matmul` is the bare encoder matmul x E^T of the same shape and dtype.
 
@@ -24,7 +25,7 @@ import contest
 import torch
 
 LR, STEPS = 3e-4, 100_000
-TIMED = 2  # steps of a turn
+TURN_SECONDS = 2.0
 DENSITY = 0.02  # of the ReLU family, whose L0 is no setting
 TOP_K = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 ARCHITECTURES = ("top_k", "batch_top_k", "matryoshka_batch_top_k", "standard", "gated", "jump_relu")
@@ -178,14 +179,18 @@ def compete(contestant: str, architecture: str, D: int, F: int, B: int, k: int, 
         step(i)
     contest.answer(peak=peak_bytes(device) - before)
     steps = itertools.count(2)
-    for _ in contest.questions():
-        step(next(steps))
+
+    def seconds_of(n: int) -> float:
         contest.synchronize(device)
         start = time.perf_counter()
-        for i in itertools.islice(steps, TIMED):
+        for i in itertools.islice(steps, n):
             step(i)
         contest.synchronize(device)
-        contest.answer(seconds=(time.perf_counter() - start) / TIMED)
+        return time.perf_counter() - start
+
+    for _ in contest.questions():
+        n = max(1, round(TURN_SECONDS / seconds_of(1)))
+        contest.answer(seconds=seconds_of(n) / n)
 
 
 def enter(name: str, where: str | None, arguments: list[str]) -> contest.Contestant:
