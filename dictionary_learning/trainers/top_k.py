@@ -83,9 +83,8 @@ class TopKTrainer(SAETrainer):
         super().__init__(**settings)
         self.k = self.cfg.k  # beside the buffer, so that no step reads it from the device
         self.top_k_aux = self.cfg.activation_dim // 2  # appendix B.1
-        self._silent: tuple[int, Callable[[], list[int]]] | None = (
-            None  # n_tokens and what `_count_silent` says of them
-        )
+        # n_tokens, and what `_count_silent` says of them
+        self._silent: tuple[int, Callable[[], list[int]]] | None = None
 
     def build(self) -> Dictionary:
         dict_class = self.cfg.dict_class or self.dict_class
