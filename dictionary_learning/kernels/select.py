@@ -111,7 +111,7 @@ def _joined(parts: list[Chosen]) -> Chosen:
     return pre_N, token_N, latent_N
 
 
-# On the CPU the next three are numpy's, in a third of torch's time; and `index_select` takes half of that of `[...]`.
+# On the CPU these are numpy's, in a third of torch's time; and `index_select` takes half of that of `[...]`.
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -105,14 +105,20 @@ def test_stopped_in_two_processes_and_resumed_in_one_and_in_three(straight, argu
     assert_same(straight, tmp_path / "again")
 
 
-@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
-def test_a_process_is_lost_and_the_others_say_so_and_end(loss, straight, arguments, tmp_path):
-    process = torchrun(2, arguments(tmp_path, "--no_eval", "--timeout_minutes", "0.2"))
+@pytest.mark.parametrize(
+    "loss, minutes, seconds",
+    [
+        pytest.param(signal.SIGKILL, "1", 30, id="killed"),  # seen at once
+        pytest.param(signal.SIGSTOP, "0.2", 90, id="silent"),  # and torchrun kills a deaf process after 30 s
+    ],
+)
+def test_a_process_is_lost_and_the_others_say_so_and_end(loss, minutes, seconds, straight, arguments, tmp_path):
+    process = torchrun(2, arguments(tmp_path, "--no_eval", "--timeout_minutes", minutes))
     wait_for_state(tmp_path, 50, process)
     start = time.monotonic()
     os.kill(pid_of(1, process), loss)
     code, output = finish(process)
-    assert code != 0 and time.monotonic() - start < 90  # torchrun kills a deaf process after 30 s
+    assert code != 0 and time.monotonic() - start < seconds
     assert output.count("a process of the run was lost") == 1 and 'demo.py", line' not in output, output[-3000:]
     assert demo.main(arguments(tmp_path, "--no_eval", "--resume")) == 0
     assert_same(straight, tmp_path)

@@ -129,9 +129,11 @@ def test_bfloat16_matmuls_learn_as_much_with_weights_in_float32(name, sparse, gp
         assert {tensor.dtype for tensor in trainer.parameters()} == {torch.float32}
         assert all(moment.dtype == torch.float32 for moment in trainer.optimizer.buffers())
         assert not trainer.stopped
+        assert getattr(trainer, "sparse", True) == sparse
         out = trainer.loss(data[-1], STEPS).detach()
         lost[dtype] = float((data[-1] - out.x_hat_BD).square().sum() / data[-1].square().sum())
     assert 0 < lost[torch.float32] < 0.9
+    assert lost[torch.bfloat16] != lost[torch.float32]
     # jump_relu's kernel is hardly wider than the steps between numbers in bfloat16
     assert lost[torch.bfloat16] == pytest.approx(lost[torch.float32], rel=0.15 if name == "jump_relu" else 0.05)
 
@@ -251,20 +253,27 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_waits_for_the_device(name, monkeypatch, as_on_a_gpu):
     as_on_a_gpu()
-    read_before = []  # what was sent to the host
+    step = 0
 
     def begin_to_read(numbers):
         with _disable_current_modes():  # a copy that nothing waits for
-            read_before.append(numbers.tolist())
-        return lambda: read_before[-1]
+            on_host, begun_in = numbers.tolist(), step
 
-    monkeypatch.setattr(top_k, "begin_to_read", begin_to_read)
+        def read():
+            assert begun_in < step, "not there yet"
+            return on_host
+
+        return read
+
     trainer, data = make(name, dead_feature_threshold=3 * B), batches(8)
     with torch.no_grad():
         trainer.ae.encoder_FD[F // 2 :] = 0
-    train(trainer, data[:5])
+    for step in range(5):
+        trainer.update(step, data[step])
+    monkeypatch.setattr(top_k, "begin_to_read", begin_to_read)
+    trainer.update(5, data[5])
     with NoWaiting():
-        for step in (5, 6, 7):
+        for step in (6, 7):
             out = trainer.update(step, data[step])
     if name in TOPK_FAMILY:
         assert out.terms["dead_features"] > 0 and out.terms["auxk_loss"] > 0
@@ -274,9 +283,9 @@ def test_the_auxiliary_loss_is_of_the_dead_latents_alone_when_others_revive_in_t
     trainer, data = make("top_k", dead_feature_threshold=3 * B), batches(3)
     for step in range(2):
         trainer.update(step, data[step])
-    with torch.no_grad():
-        trainer.num_tokens_since_fired[:] = 3 * B
-        trainer._silent = None
+    state = trainer.state_dict()
+    state["num_tokens_since_fired"] = torch.full((F,), 3 * B)
+    trainer.load_state_dict(state)
     ae, out = trainer.ae, trainer.loss(data[2], 2)
     dead_F = ~out.fired_F
     assert dead_F.any() and not dead_F.all() and out.terms["dead_features"] == dead_F.sum()
