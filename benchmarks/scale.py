@@ -103,13 +103,13 @@ def collectives(architecture: str, B: int, D: int, F: int, k: int, W: int, eleme
         yield "all_reduce", 4 * B  # the L1 norms
     yield "all_reduce", 4 * D  # the gradient of b_dec
     yield "all_reduce", 4  # the gradient's norm
-    # each token's smallest active: BatchTopK asks for its threshold, and for the next step's bound
-    yield from [("all_reduce", 4 * B)] * {"top_k": 1, "batch_top_k": 2}.get(architecture, 0)
+    if architecture in ("top_k", "batch_top_k"):
+        yield "all_reduce", 4 * B  # each token's smallest active, for the threshold
 
 
 FORMULAS = {
     "top_k": "4B min(k, F/W) + 4BD + 4B + 4D + 4",
-    "batch_top_k": "4Bk + 4BD + 8B + 4D + 16",
+    "batch_top_k": "4Bk + 4BD + 4B + 4D + 16",
     "standard": "4BD + 4B + 4D + 4",
 }
 

@@ -38,7 +38,6 @@ class BatchTopKTrainer(TopKTrainer):
         """Scalar: the smallest positive activation of the batch; +inf where there is none."""
         return out.f.smallest_of_token().amin()
 
-    def after_step(self, step: int, out: LossOutput) -> None:
-        super().after_step(step, out)
-        least = self.smallest_active(out)
+    def note_smallest(self, step: int, least: Tensor) -> None:
+        super().note_smallest(step, least)
         self.guess = torch.where(least.isfinite(), 0.95 * least, 0)

@@ -183,17 +183,20 @@ class TopKTrainer(SAETrainer):
     def after_step(self, step: int, out: LossOutput) -> None:
         n_tokens = len(out.x_hat_BD)
         self._silent = (n_tokens, self._count_silent(n_tokens)) if self._may_have_dead(n_tokens) else None
-        threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
-        if step > self.cfg.threshold_start_step or last:
-            least = self.smallest_active(out)
-            moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
-            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # nothing active says nothing
-        if last:  # however short or empty the run, what is saved has a threshold
-            threshold.clamp_(min=0)
+        self.note_smallest(step, self.smallest_active(out))
         if self.cfg.k_anneal_steps is not None:
             done = min(step, self.cfg.k_anneal_steps) / self.cfg.k_anneal_steps
             self.k = int(self.cfg.activation_dim * (1 - done) + self.cfg.k * done)
             self.ae.k.fill_(self.k)
+
+    def note_smallest(self, step: int, least: Tensor) -> None:
+        """Move the inference threshold by what `smallest_active` says of a step."""
+        threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
+        if step > self.cfg.threshold_start_step or last:
+            moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
+            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # nothing active says nothing
+        if last:  # however short or empty the run, what is saved has a threshold
+            threshold.clamp_(min=0)
 
     @property
     def config(self) -> dict[str, Any]:
