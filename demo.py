@@ -25,7 +25,8 @@ import demo_config
 from demo_config import ARCHITECTURES, LLM_CONFIG, PRESETS, TINY_MODEL, Schedule, Sweep
 
 if TYPE_CHECKING:
-    from dictionary_learning.checkpoint import SavedState
+    from dictionary_learning.state import SavedState
+
     from dictionary_learning.kernels import Shard
     from dictionary_learning.tracking import Tracker
     from dictionary_learning.world import World
@@ -438,7 +439,8 @@ def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool, shard: tuple[int,
 
 def prepare_folder(plan: Plan) -> dict[str, Any]:
     """Make the run folder, or find the run in it that is to be resumed.  Returns its run.json."""
-    from dictionary_learning.checkpoint import read_json, write_json
+    from dictionary_learning.files import read_json, write_json
+
     from dictionary_learning.world import job, restarted
 
     record = plan.folder / "run.json"
@@ -527,9 +529,9 @@ def train(
     wandb_ids: list[str],
 ) -> None:
     import torch
+    from dictionary_learning.state import save_state
 
     from dictionary_learning.buffer import ActivationBuffer
-    from dictionary_learning.checkpoint import save_state
     from dictionary_learning.model import load_model
     from dictionary_learning.training import Loop, make_runs
 
@@ -640,7 +642,7 @@ def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> "Tracker":
 
 def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], seconds: float) -> None:
     """Note in run.json that the SAEs are trained, and on what; the resume state has served."""
-    from dictionary_learning.checkpoint import read_json, write_json
+    from dictionary_learning.files import read_json, write_json
 
     record = plan.folder / "run.json"
     write_json(
@@ -666,7 +668,7 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], se
 
 def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
     """Evaluate SAE folders on the same held-out text; returns the results of those that could be loaded."""
-    from dictionary_learning.checkpoint import load_dictionary
+    from dictionary_learning.formats import load_dictionary
 
     world, saes, norm_bounds = plan.world, [], {}
     for folder in folders[len(folders) * world.rank // world.size : len(folders) * (world.rank + 1) // world.size]:
@@ -696,9 +698,9 @@ def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
 def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: dict[int, float]) -> dict[str, Any]:
     """Evaluate this rank's share of the SAEs, (folder, SAE, layer), and write what comes out into their folders."""
     import torch
+    from dictionary_learning.files import write_atomic, write_json
     from safetensors.torch import save_file
 
-    from dictionary_learning.checkpoint import write_atomic, write_json
     from dictionary_learning.evaluation import evaluate_saes
     from dictionary_learning.model import load_model
 
@@ -739,7 +741,7 @@ def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: di
 
 
 def print_table(evaluations: dict[Path, dict[str, Any]]) -> None:
-    from dictionary_learning.checkpoint import read_json
+    from dictionary_learning.files import read_json
 
     trainer_names = {row.trainer: name for name, row in ARCHITECTURES.items()}
     rows: list[tuple[str, ...]] = [
@@ -835,7 +837,8 @@ def check(plan: Plan) -> None:
 
 def carry_out(plan: Plan) -> int:
     """Train, evaluate, plot, report, upload; what an earlier part of the run has done is not done again."""
-    from dictionary_learning.checkpoint import load_state
+    from dictionary_learning.state import load_state
+
     from dictionary_learning.kernels import use_kernels
     from dictionary_learning.training import Interrupted
 
@@ -876,7 +879,7 @@ def carry_out(plan: Plan) -> int:
 
 
 def evaluate_only(plan: Plan) -> int:
-    from dictionary_learning.checkpoint import find_saes
+    from dictionary_learning.formats import find_saes
 
     for folder in map(Path, plan.args.eval_only or [plan.folder]):
         if not folder.is_dir():

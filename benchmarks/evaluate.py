@@ -56,7 +56,7 @@ def write_work(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The SAEs and the text, in files; what a contestant needs to know of them."""
     sys.path.append(str(contest.ROOT))
     import demo
-    from dictionary_learning.checkpoint import save_sae
+    from dictionary_learning.formats import save_sae
     from dictionary_learning.model import BUILT_IN, load_model
     from dictionary_learning.world import World
 
@@ -109,7 +109,7 @@ def write_work(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def load_ours(work: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from dictionary_learning.checkpoint import load_dictionary
+    from dictionary_learning.formats import load_dictionary
     from dictionary_learning.model import load_model
 
     lm = load_model(work["model"], device=work["device"])

@@ -1,7 +1,6 @@
 """Sparse autoencoders on language models: text -> tokens -> activations -> batches -> SAE -> numbers -> plot."""
 
 from .buffer import ActivationBuffer
-from .checkpoint import load_dictionary
 from .dictionary import (
     AutoEncoder,
     AutoEncoderNew,
@@ -14,6 +13,7 @@ from .dictionary import (
     MatryoshkaBatchTopKSAE,
 )
 from .evaluation import evaluate, evaluate_saes
+from .formats import load_dictionary
 from .model import load_model
 from .training import trainSAE
 

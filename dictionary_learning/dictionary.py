@@ -45,6 +45,10 @@ class Dictionary(nn.Module):
         """One row a latent's direction; a view of the parameter."""
         return self.decoder.weight.T
 
+    def with_unit_norm(self) -> Self:
+        """Itself, as loading and exporting leave it: where decoder norms are free, features come in units of them."""
+        return self
+
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:
         """Make SAE'(scale * x) = scale * SAE(x): features scale too, weights stay."""
@@ -127,6 +131,12 @@ class AutoEncoder(Dictionary):
 
     def decode(self, f_BF: Tensor) -> Tensor:
         return self.decoder(f_BF) + self.bias
+
+    def with_unit_norm(self) -> Self:
+        norm_F = self.decoder_FD.norm(dim=1)
+        if not torch.allclose(norm_F, torch.ones_like(norm_F)):
+            self.normalize_decoder()
+        return self
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -225,7 +235,22 @@ class GatedAutoEncoder(Dictionary):
         return self.decoder(f_BF) + self.decoder_bias
 
 
-class JumpReluAutoEncoder(Dictionary):
+class MatrixDictionary(Dictionary):
+    """Weights held as W_enc (D, F) and W_dec (F, D), where the others hold an `nn.Linear` each."""
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+
+    @property
+    def encoder_FD(self) -> Tensor:
+        return self.W_enc.T
+
+    @property
+    def decoder_FD(self) -> Tensor:
+        return self.W_dec
+
+
+class JumpReluAutoEncoder(MatrixDictionary):
     """JumpReLU SAE: f = relu(z * 1[z > threshold]), z = x W_enc + b_enc, one threshold a latent.
 
     Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435
@@ -251,14 +276,6 @@ class JumpReluAutoEncoder(Dictionary):
         self.W_dec = nn.Parameter(w_FD.clone())
         self.b_dec = nn.Parameter(torch.zeros(activation_dim))
         self.threshold = nn.Parameter(torch.full((dict_size,), 0.001))
-
-    @property
-    def encoder_FD(self) -> Tensor:
-        return self.W_enc.T
-
-    @property
-    def decoder_FD(self) -> Tensor:
-        return self.W_dec
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
         if self.apply_b_dec_to_input:
@@ -359,7 +376,7 @@ class AutoEncoderTopK(BatchTopKSAE):
         return torch.zeros_like(post_relu_BF).scatter(-1, top.indices, top.values)
 
 
-class MatryoshkaBatchTopKSAE(TopKDictionary):
+class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):
     """Matryoshka BatchTopK SAE: latents in nested groups, each prefix of which reconstructs on its own.
 
     Bussmann et al. 2025, https://arxiv.org/abs/2503.17547.  Lower `active_groups` to use the first groups only.
@@ -395,14 +412,6 @@ class MatryoshkaBatchTopKSAE(TopKDictionary):
     @classmethod
     def _settings(cls, state: dict[str, Tensor]) -> dict:
         return {"k": int(state["k"]), "group_sizes": state["group_sizes"].tolist()}
-
-    @property
-    def encoder_FD(self) -> Tensor:
-        return self.W_enc.T
-
-    @property
-    def decoder_FD(self) -> Tensor:
-        return self.W_dec
 
     @property
     def encoder_bias_F(self) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .checkpoint import read_json
+from .files import read_json
 from .plotting import SAERecord, read_runs
 
 CARD_MARK = "<!-- dictionary_learning: an upload renews the section of its run; the rest of this file is yours -->"

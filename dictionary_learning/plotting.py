@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dictionary_learning.checkpoint import write_atomic
+from dictionary_learning.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dictionary_learning.buffer import position_mask
-from dictionary_learning.checkpoint import find_saes, load_dictionary, read_json, write_atomic
 from dictionary_learning.data import BUILT_IN, EVAL_DATASET, open_batches
 from dictionary_learning.dictionary import Dictionary
+from dictionary_learning.files import read_json, write_atomic
+from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES

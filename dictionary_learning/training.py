@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import append_jsonl, rewind_jsonl, save_sae, save_weights, write_json
+from .files import append_jsonl, rewind_jsonl, write_json
+from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
 from .trainers import LossOutput, SAETrainer
 from .trainers.trainer import SparseTrainer

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from demo_config import ARCHITECTURES
-from dictionary_learning.checkpoint import find_saes, load_dictionary, read_jsonl
 from dictionary_learning.evaluation import REFERENCE_METRICS
+from dictionary_learning.files import read_jsonl
+from dictionary_learning.formats import find_saes, load_dictionary
 
 DEMO = Path(__file__).parents[2] / "demo.py"
 
@@ -255,7 +256,7 @@ def test_text_that_breaks_off_is_saved_and_resumed(run, tmp_path, monkeypatch, c
     from dictionary_learning.data import FileRows
 
     flags = ("--architectures", "batch_top_k", "--no_eval", "--num_tokens", 20000, "--epochs", 4)
-    monkeypatch.setattr("dictionary_learning.data.CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr("dictionary_learning.data.contexts.CHUNK_CHARACTERS", 1000)
     assert run("--save_dir", tmp_path / "straight", *flags) == 0
     read, rows = FileRows.__next__, iter(range(60))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dictionary_learning.checkpoint import save_sae
 from dictionary_learning.dictionary import BatchTopKSAE
+from dictionary_learning.formats import save_sae
 from dictionary_learning.model import BUILT_IN, model_shape
 
 README = Path(__file__).parents[2] / "README.md"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dictionary_learning.checkpoint import save_sae
 from dictionary_learning.dictionary import AutoEncoderTopK
+from dictionary_learning.formats import save_sae
 from dictionary_learning.report import render, write_reports
 
 pytestmark = pytest.mark.browser

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import demo
-from dictionary_learning.checkpoint import find_saes
+from dictionary_learning.formats import find_saes
 
 ROOT = Path(__file__).parents[2]
 FLAGS = """--layers 1 3 --architectures p_anneal batch_top_k jump_relu --num_tokens 20000 --epochs 20 --backup_steps 25

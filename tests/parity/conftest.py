@@ -20,8 +20,8 @@ import side
 import torch
 from cases import BUFFER, CASES, COMMON, DEAD_AFTER, NORM_FACTOR, SPARSE_FORMS, B, D, F, S
 
-from dictionary_learning.checkpoint import save_sae
 from dictionary_learning.dictionary import AutoEncoderNew
+from dictionary_learning.formats import save_sae
 from dictionary_learning.trainers import trainer as trainer_module
 
 THIRD_PARTY = Path(__file__).parents[2] / "third_party"

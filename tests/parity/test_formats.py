@@ -10,7 +10,7 @@ import torch
 from cases import BUFFER, CASES, D, F
 from side import look
 
-from dictionary_learning.checkpoint import find_saes, load_dictionary
+from dictionary_learning.formats import find_saes, load_dictionary
 
 SAVED = [*CASES, "AutoEncoderNew"]
 # SAEBench's sae_bench/custom_saes/run_all_evals_dictionary_learning_saes.py: the trainers it dispatches on, and the

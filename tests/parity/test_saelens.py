@@ -15,8 +15,8 @@ import pytest
 import torch
 from cases import BUFFER, CASES, D, F
 
-from dictionary_learning.checkpoint import load_dictionary
 from dictionary_learning.dictionary import DICTIONARIES
+from dictionary_learning.formats import load_dictionary
 
 EXPECTED = {  # how SAELens calls it, and how it calls what was trained
     "standard": ("standard", "standard"),

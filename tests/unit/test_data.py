@@ -34,6 +34,7 @@ from dictionary_learning.data import (
     open_documents,
     python_stdlib,
 )
+from dictionary_learning.data.chats import render
 
 TEXTS = [f"text {i}: " + "ab\ncd ef"[: i % 9] * (i % 5) for i in range(60)]
 QWEN_PROMPT = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -107,7 +108,7 @@ def assert_resumes(make, cuts):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr("dictionary_learning.data.contexts.CHUNK_CHARACTERS", 40)
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_a_stream_that_breaks_goes_on_where_it_was(error):
 
 def test_waits_grow_and_start_over_after_a_row(monkeypatch):
     slept = []
-    monkeypatch.setattr(data.time, "sleep", slept.append)
+    monkeypatch.setattr("dictionary_learning.data.rows.time.sleep", slept.append)
     source = Flaky([10, 20])
     attempts = itertools.count()
 
@@ -455,7 +456,7 @@ def test_chats_are_whole_and_start_with_one_bos(template, tokenizer, small_chunk
     contexts = list(ChatContexts(FromList(conversations), tokenizer, 50, system_prompt=""))
     assert all(context[0] == 0 and context[1] != 0 and len(context) <= 50 for context in contexts)
     for conversation in conversations:
-        text = data._render(tokenizer, conversation).removeprefix(tokenizer.bos_token)
+        text = render(tokenizer, conversation).removeprefix(tokenizer.bos_token)
         ids, found = tokenizer(text, add_special_tokens=False)["input_ids"], []
         while len(found) < len(ids):
             found += contexts.pop(0)[1:]
@@ -667,7 +668,7 @@ def test_a_script_that_forgets_to_close_still_ends(tmp_path):
         "rows = FileRows(list(range(10**6)), lambda file, start: [file][start:])\n"
         "print(next(Prefetched(rows)), next(held := Prefetched(rows)))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
 

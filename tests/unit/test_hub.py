@@ -14,7 +14,8 @@ from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
 
 from dictionary_learning import dictionary, hub
-from dictionary_learning.checkpoint import save_sae, write_json
+from dictionary_learning.files import write_json
+from dictionary_learning.formats import save_sae
 from dictionary_learning.hub import UploadError, check_repo, upload_run
 from dictionary_learning.model_card import CARD_MARK, model_card
 

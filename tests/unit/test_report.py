@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dictionary_learning import report
-from dictionary_learning.checkpoint import save_sae
 from dictionary_learning.dictionary import AutoEncoder, AutoEncoderTopK
+from dictionary_learning.formats import save_sae
 from dictionary_learning.model import load_model
 from dictionary_learning.report import (
     LatentStatistics,

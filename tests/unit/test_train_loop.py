@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from dictionary_learning.checkpoint import load_dictionary
+from dictionary_learning.formats import load_dictionary
 from dictionary_learning.trainers import BatchTopKTrainer, StandardTrainer
 from dictionary_learning.training import signals_noted, trainSAE
 

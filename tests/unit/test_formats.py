@@ -1,74 +1,17 @@
-"""Formats round-trip to the bit; damage is told in one sentence; a write that fails leaves what was there.
+"""SAE folders: what one side writes the other reads, and what is damaged or foreign is one sentence."""
 
-B tokens, D activation_dim, F dict_size.
-"""
-
-import json
-import os
-import pickle
 import random
-import resource
-import signal
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from mutations import mutations
+from saes import D, F, K, Malice, config_of, make_sae
 
-from dictionary_learning import checkpoint
-from dictionary_learning.checkpoint import (
-    append_jsonl,
-    find_saes,
-    from_saelens,
-    load_dictionary,
-    load_state,
-    read_json,
-    read_jsonl,
-    rewind_jsonl,
-    save_sae,
-    save_state,
-    save_weights,
-    to_saelens,
-    write_atomic,
-    write_json,
-)
-from dictionary_learning.dictionary import DICTIONARIES, Dictionary, TopKDictionary
-
-D, F, K = 6, 16, 3
-
-
-def make_sae(name: str) -> Dictionary:
-    """A random SAE of a class, biases and thresholds included, decoder rows of unit norm."""
-    settings = {"k": K} if issubclass(DICTIONARIES[name], TopKDictionary) else {}
-    if name == "MatryoshkaBatchTopKSAE":
-        settings["group_sizes"] = [4, 12]
-    generator = torch.Generator().manual_seed(0)
-    ae = DICTIONARIES[name](D, F, generator=generator, **settings)
-    with torch.no_grad():
-        for parameter in ae.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(0.1 * torch.rand(parameter.shape, generator=generator))
-        if isinstance(ae, TopKDictionary):
-            ae.threshold.fill_(0.25)
-        ae.decoder_FD.div_(ae.decoder_FD.norm(dim=1, keepdim=True))
-    return ae
-
-
-def config_of(ae: Dictionary) -> dict:
-    trainer = {
-        "trainer_class": "SomeTrainer",
-        "dict_class": type(ae).__name__,
-        "activation_dim": D,
-        "dict_size": F,
-        "layer": 3,
-        "lm_name": "user/lm",
-    }
-    if isinstance(ae, TopKDictionary):
-        trainer["k"] = K
-    return {"trainer": trainer, "buffer": {"ctx_len": 128}}
+from dictionary_learning.dictionary import DICTIONARIES
+from dictionary_learning.files import write_json
+from dictionary_learning.formats import dictionary_learning, find_saes, load_dictionary, saelens, save_sae
+from dictionary_learning.formats.dictionary_learning import save_weights
+from dictionary_learning.formats.saelens import from_saelens, to_saelens
 
 
 @pytest.fixture
@@ -100,7 +43,7 @@ def test_an_sae_comes_back_to_the_bit(ae, folder):
 
 
 def test_the_folder_holds_four_files_and_no_leftovers(folder):
-    assert {path.name for path in folder.iterdir()} == {*checkpoint.OURS, *checkpoint.SAELENS}
+    assert {path.name for path in folder.iterdir()} == {*dictionary_learning.FILES, *saelens.FILES}
     assert find_saes(folder) == [folder]
 
 
@@ -145,7 +88,7 @@ def test_without_a_threshold_there_is_no_saelens_form(name, tmp_path):
     with pytest.raises(ValueError, match=f"threshold of this {name} is not set"):
         to_saelens(ae, config_of(ae))
     save_sae(tmp_path, ae, config_of(ae))
-    assert {path.name for path in tmp_path.iterdir()} == {*checkpoint.OURS}
+    assert {path.name for path in tmp_path.iterdir()} == {*dictionary_learning.FILES}
     assert torch.equal(load_dictionary(tmp_path)[0].decoder_FD, ae.decoder_FD)
 
 
@@ -170,7 +113,7 @@ def test_a_backup_of_the_reference_is_folded_and_named(ae, folder, x_BD):
 def test_half_precision_files_are_loaded_in_full(tmp_path):
     ae = make_sae("GatedAutoEncoder")
     save_sae(tmp_path, ae.bfloat16(), config_of(ae))
-    for name in checkpoint.OURS:  # first as ours, then as SAELens's
+    for name in dictionary_learning.FILES:  # first as ours, then as SAELens's
         assert next(load_dictionary(tmp_path)[0].parameters()).dtype == torch.float32
         (tmp_path / name).unlink()
 
@@ -292,11 +235,6 @@ def test_a_foreign_pt_file_is_told(state, tmp_path):
         load_dictionary(tmp_path)
 
 
-class Malice:
-    def __reduce__(self):
-        return os.mkdir, ("malice",)
-
-
 def test_no_code_of_a_checkpoint_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ae = make_sae("AutoEncoder")
@@ -315,9 +253,9 @@ def test_an_unfinished_folder_and_a_file_are_told(tmp_path):
         load_dictionary(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("name", [*checkpoint.OURS, *checkpoint.SAELENS])
+@pytest.mark.parametrize("name", [*dictionary_learning.FILES, *saelens.FILES])
 def test_damage_is_one_sentence_or_harmless_and_touches_nothing(name, ae, folder):
-    if name in checkpoint.SAELENS:
+    if name in saelens.FILES:
         (folder / "ae.pt").unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     whole = load_dictionary(folder)[0].state_dict()
@@ -368,7 +306,7 @@ def test_an_sae_of_the_hub_is_two_files(hub, tmp_path):
     loaded, _ = load_dictionary("user/repo/run/trainer_0")
     assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
     assert hub == [("user/repo", "run/trainer_0/config.json"), ("user/repo", "run/trainer_0/ae.pt")]
-    for name in checkpoint.OURS:
+    for name in dictionary_learning.FILES:
         (tmp_path / "hub" / "run" / "trainer_0" / name).unlink()
     loaded, _ = load_dictionary("user/repo/run/trainer_0")
     assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
@@ -391,187 +329,3 @@ def test_a_name_that_leads_nowhere_is_told(name, hub):
     with pytest.raises(ValueError, match="(does not exist|neither a local folder nor an SAE on the Hugging Face Hub)"):
         load_dictionary(name)
     assert all(".." not in filename for _, filename in hub)
-
-
-# -- writes
-
-
-def test_a_failed_write_leaves_the_old_content_and_no_leftovers(tmp_path):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def half(tmp: Path) -> None:
-        tmp.write_bytes(b"ne")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="could not be written .*No space left on device.* untouched"):
-        write_atomic(path, half)
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_loses_nothing(tmp_path):
-    """The real thing: the kernel refuses to let files grow."""
-    ae = make_sae("AutoEncoder")
-    save_sae(tmp_path / "sae", ae, config_of(ae))
-    save_state(tmp_path / "resume", 1, {"x": torch.ones(9999)})
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
-    try:
-        with pytest.raises(OSError, match="safetensors could not be written"):
-            save_sae(tmp_path / "sae", ae, config_of(ae))
-        with pytest.raises(OSError, match="ae.pt could not be written"):
-            save_weights(tmp_path / "sae" / "ae.pt", ae)
-        with pytest.raises(OSError, match="state_2 could not be written"):
-            save_state(tmp_path / "resume", 2, {"x": torch.ones(9999)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-KILLED = """
-import sys, torch
-from dictionary_learning.checkpoint import save_state
-step = 0
-while True:
-    step += 1
-    save_state("resume", step, {"x": torch.full((200_000,), float(step))})
-    print(step, flush=True)
-"""
-
-
-def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for _ in range(5):
-        process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    said = [5, *map(int, process.stdout.read().split())]
-    process.wait()
-    process.stdout.close()
-    state = load_state(tmp_path / "resume")
-    assert state is not None
-    step = int(state.path.name.removeprefix("state_"))
-    assert step >= said[-1] and torch.equal(state["x"], torch.full((200_000,), float(step)))
-
-
-def test_json_knows_no_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": None}})
-    assert read_json(tmp_path / "a.json") == {"a": [None, 1.5, [None]], "b": {"c": None}}
-    assert (tmp_path / "a.json").read_text().startswith('{\n    "a"')
-
-
-def test_metrics_are_rewound_to_the_step_of_the_state(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rewind_jsonl(path, 5)
-    assert read_jsonl(path) == [] and not path.exists()
-    for step in range(0, 100, 10):
-        append_jsonl(path, {"step": step, "loss": float("nan")})
-    with open(path, "a") as file:
-        file.write('{"step": 100, "lo')  # killed here
-    assert [row["step"] for row in read_jsonl(path)] == list(range(0, 100, 10))
-    rewind_jsonl(path, 40)
-    append_jsonl(path, {"step": 40, "loss": 1.0})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30, 40]
-
-
-# -- states
-
-
-def state_of(step: int) -> dict:
-    plain = {"list": [1, (2.5, None)], "text": "a", "rng": torch.Generator().get_state(), "flag": True, 3: {0: "b"}}
-    return {"loop": {"step": step}, "trainers.0": {"w": torch.full((3, 4), float(step))}, "text.0": plain}
-
-
-def assert_whole(state) -> int:
-    """The step of a state, all of whose entries are as they were written."""
-    assert state is not None
-    step, expected = state["loop"]["step"], state_of(0)["text.0"]
-    assert set(state) == {"loop", "trainers.0", "text.0"} and state.path.name == f"state_{step}"
-    assert torch.equal(state["trainers.0"]["w"], torch.full((3, 4), float(step)))
-    plain = state["text.0"]
-    assert torch.equal(plain.pop("rng"), expected.pop("rng")) and plain == expected
-    return step
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_the_newest_states_are_kept_and_come_back(tmp_path):
-    assert load_state(tmp_path / "resume") is None
-    for step in (900, 1000, 1100):
-        save_state(tmp_path / "resume", step, state_of(step))
-    assert names(tmp_path / "resume") == ["state_1000", "state_1100"]
-    assert assert_whole(load_state(tmp_path / "resume")) == 1100
-
-
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", checkpoint.CHECKSUMS])
-def test_a_torn_state_is_passed_over_aloud_and_then_removed(name, tmp_path):
-    for step in (1, 2):
-        save_state(tmp_path, step, state_of(step))
-    file = tmp_path / "state_2" / name
-    content = file.read_bytes()
-    for damaged in mutations(content, random.Random(0)):
-        file.write_bytes(damaged)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step = assert_whole(load_state(tmp_path))
-        assert step == 2 or "state_2 is damaged" in str(caught[0].message)
-    file.unlink()
-    (tmp_path / ".state_2.tmp").mkdir()
-    (tmp_path / ".state_2.tmp" / "__0_0.distcp").write_bytes(b"killed while writing")
-    with pytest.warns(UserWarning, match="state_2 is damaged"):
-        assert assert_whole(load_state(tmp_path)) == 1
-    save_state(tmp_path, 2, state_of(2))
-    assert names(tmp_path) == ["state_1", "state_2"]
-    assert assert_whole(load_state(tmp_path)) == 2
-
-
-def test_a_state_that_is_there_already_is_not_given_up_for_a_new_one(tmp_path, monkeypatch):
-    """A run that is stopped at the step where it was resumed."""
-    save_state(tmp_path, 7, state_of(7))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    save_state(tmp_path, 7, state_of(7))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_damaged_states_of_later_steps_do_not_outlive_the_next_save(tmp_path):
-    for step in (10, 20):
-        save_state(tmp_path, step, state_of(step))
-    (tmp_path / "state_20" / ".metadata").write_bytes(b"torn")
-    save_state(tmp_path, 15, state_of(15))
-    assert names(tmp_path) == ["state_10", "state_15"]
-
-
-def test_if_every_state_is_damaged_that_is_said(tmp_path):
-    for step in (1, 2):
-        save_state(tmp_path, step, state_of(step))
-        (tmp_path / f"state_{step}" / "__0_0.distcp").write_bytes(b"torn")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no state in .* can be resumed"):
-        load_state(tmp_path)
-
-
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_no_code_of_a_state_runs(name, tmp_path, monkeypatch):
-    """Not even where the checksums are right."""
-    monkeypatch.chdir(tmp_path)
-    save_state("resume", 1, state_of(1))
-    if name == ".metadata":
-        Path("resume/state_1", name).write_bytes(pickle.dumps(Malice()))
-    else:
-        monkeypatch.setattr(Malice, "__module__", "builtins")
-        save_state("resume", 2, {"loop": Malice()})
-    folder = max(Path("resume").iterdir())
-    sums = {file.name: checkpoint._size_and_sum(file) for file in folder.iterdir() if file.name != checkpoint.CHECKSUMS}
-    write_json(folder / checkpoint.CHECKSUMS, sums)
-    state = load_state("resume")
-    assert state is not None and state.path == folder
-    with pytest.raises(Exception, match="not written by this program|Weights only load failed"):
-        state["loop"]
-    assert not (tmp_path / "malice").exists()
