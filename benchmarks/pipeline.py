@@ -132,8 +132,8 @@ def make_plan(args: argparse.Namespace) -> Any:
 
 def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """What the contestants need, as JSON; the reference's text is what our contexts say, one a line."""
-    import demo
     from dictionary_learning.model import BUILT_IN, load_tokenizer
+    from dictionary_learning.plan import open_text
 
     sweep, steps = plan.sweep, plan.schedule.steps
     # both buffers fill up when fewer than half of their positions are unread
@@ -141,7 +141,7 @@ def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any
     if steps < (1 + (args.rounds + 1) * args.refills) * steps_a_refill:
         raise SystemExit(f"a run of {steps} steps is too short: give more --num_tokens")
     tokenizer = load_tokenizer(plan.model_name)
-    text = demo.open_text(plan, tokenizer, evaluation=False)
+    text = open_text(plan, tokenizer, evaluation=False)
     with open(f"{folder}/texts", "w") as file:
         for _ in range(0, steps * sweep.sae_batch_size, sweep.llm_batch_size * sweep.context_length):
             file.writelines(json.dumps(tokenizer.decode(context)) + "\n" for context in next(text)[0].tolist())
@@ -172,32 +172,21 @@ def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any
 
 
 def load_ours(plan: Any) -> tuple[Any, Any]:
-    import demo
-    from dictionary_learning.model import load_model
+    from dictionary_learning.plan import open_text
+    from dictionary_learning.run import open_model
 
-    dtype = getattr(torch, plan.sweep.dtype)
-    lm = load_model(plan.model_name, device=plan.device, dtype=dtype, last_layer=plan.layers[0])
-    return lm, demo.open_text(plan, lm.tokenizer, evaluation=False)
+    lm = open_model(plan, last_layer=plan.layers[0])
+    return lm, open_text(plan, lm.tokenizer, evaluation=False)
 
 
 def ours(plan: Any, work: dict[str, Any]) -> None:
-    from dictionary_learning.buffer import ActivationBuffer
+    from dictionary_learning.run import make_buffer
     from dictionary_learning.training import Loop, make_runs
 
     sweep, clock = plan.sweep, Clock(plan.device)
     lm, text = load_ours(plan)
     clock.time_llm(lm.model, lm.layers[work["layer"]])
-    buffer = ActivationBuffer(
-        TimedText(text, clock),
-        lm,
-        plan.layers,
-        n_tokens=sweep.buffer_tokens,
-        out_batch_size=sweep.sae_batch_size,
-        device=plan.device,
-        seed=sweep.random_seeds[0],
-        mask=sweep.mask,
-        max_norm_multiple=sweep.max_norm_multiple,
-    )
+    buffer = make_buffer(plan, lm, TimedText(text, clock))
     norm_factors = buffer.norm_factors
     runs = make_runs(plan.configs, [None] * len(plan.configs), buffer.config)
     options = {"log_steps": sweep.log_steps, "autocast_dtype": getattr(torch, plan.autocast), "show_progress": False}

@@ -255,9 +255,10 @@ def llm_and_exchange(shape: Shape, W: int, R: int, buffer_tokens: int) -> tuple[
     The buffer is filled when half of it is read.  A fill of C/2 tokens takes waves of at most one LLM batch a GPU; the
     rows of a wave travel while the next one is run, and those of a fill's last wave while nothing is.
     """
-    from demo_config import LLM_CONFIG, Sweep
+    from demo_config import DEFAULTS, LLM_CONFIG
+    from dictionary_learning.sweep import Sweep
 
-    sweep = Sweep(**LLM_CONFIG[shape.model])
+    sweep = Sweep.of(DEFAULTS, **LLM_CONFIG[shape.model])
     batch = sweep.llm_batch_size * sweep.context_length  # tokens
     n_batches = math.ceil(buffer_tokens / 2 / batch)
     n_waves, runners = math.ceil(n_batches / W), min(n_batches, W)

@@ -177,7 +177,7 @@ def test_resume_before_the_first_state_starts_anew_and_after_the_last_step_train
     assert_same_weights(one, other)
     assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
-    monkeypatch.setattr("demo.train", lambda *_: pytest.fail("it is trained already"))
+    monkeypatch.setattr("dictionary_learning.run.train", lambda *_: pytest.fail("it is trained already"))
     (other / "eval_results.json").unlink()
     assert run("--save_dir", tmp_path / "killed", *flags, "--resume") == 0
     assert (other / "eval_results.json").exists()
@@ -209,7 +209,7 @@ def test_overwrite_does_not_delete_what_is_not_a_run(run, tmp_path, tiny_model_f
 
 
 def test_dry_run_writes_nothing_and_loads_no_weights(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dictionary_learning.model.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("dictionary_learning.run.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     assert run("--architectures", "top_k", "standard", "--dry_run") == 0
     out = capsys.readouterr().out
     assert "2 SAEs" in out and "3,000 tokens = 60 steps of 50" in out and "short run" in out
@@ -265,7 +265,7 @@ def test_text_that_breaks_off_is_saved_and_resumed(run, tmp_path, monkeypatch, c
             raise ConnectionError("the network is gone")
         return read(self)
 
-    monkeypatch.setattr("demo.check_text", lambda plan: None)  # it reads everything once
+    monkeypatch.setattr("dictionary_learning.run.check_text", lambda plan: None)  # it reads everything once
     monkeypatch.setattr(FileRows, "__next__", break_off)
     assert run("--save_dir", tmp_path / "broken", *flags) == 75
     error = capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_text_that_breaks_off_is_saved_and_resumed(run, tmp_path, monkeypatch, c
 
 def test_a_disk_that_is_too_small_is_noticed_before_training(run, tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("demo.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("dictionary_learning.plan.shutil.disk_usage", lambda _: usage)
     assert run("--architectures", "top_k") == 2
     assert "free" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,9 @@ import dataclasses
 import pytest
 
 import demo
-from demo_config import ARCHITECTURES, LLM_CONFIG, PRESET_LAYERS, PRESETS, Sweep, get_schedule, get_trainer_configs
+from demo_config import ARCHITECTURES, DEFAULTS, LLM_CONFIG, PRESET_LAYERS, PRESETS
+from dictionary_learning.plan import checkpoint_steps
+from dictionary_learning.sweep import Sweep, get_schedule, get_trainer_configs
 
 
 def parse(*flags) -> argparse.Namespace:
@@ -14,7 +16,8 @@ def parse(*flags) -> argparse.Namespace:
 
 
 def grid(sweep: Sweep, architectures=tuple(ARCHITECTURES)):
-    return get_trainer_configs(sweep, list(architectures), "EleutherAI/pythia-70m-deduped", 3, 512, "cpu")
+    rows = {name: row for name, row in ARCHITECTURES.items() if name in architectures}
+    return get_trainer_configs(sweep, rows, "EleutherAI/pythia-70m-deduped", 3, 512, "cpu")
 
 
 def test_defaults_are_the_references():
@@ -40,7 +43,9 @@ def test_defaults_are_the_references():
 
 
 def test_grid_order_is_seed_width_learning_rate_sparsity():
-    sweep = Sweep(random_seeds=[0, 1], dictionary_widths=[64, 128], learning_rates=[0.1, 0.2], target_l0s=[4, 8])
+    sweep = Sweep.of(
+        DEFAULTS, random_seeds=[0, 1], dictionary_widths=[64, 128], learning_rates=[0.1, 0.2], target_l0s=[4, 8]
+    )
     seen = [(c["seed"], c["dict_size"], c["lr"], c["k"]) for c in grid(sweep, ["batch_top_k"])]
     assert seen == sorted(seen) and len(set(seen)) == 16
     names = [config["wandb_name"] for config in grid(sweep, ["gated", "batch_top_k"])]
@@ -52,7 +57,7 @@ def test_grid_order_is_seed_width_learning_rate_sparsity():
 
 @pytest.mark.parametrize("num_tokens", [20 * 2048, 1_000_000, 2_560_000, 12_800_000])
 def test_schedules_fit_runs_of_any_length(num_tokens):
-    schedule = get_schedule(sweep := Sweep(num_tokens=num_tokens))
+    schedule = get_schedule(sweep := Sweep.of(DEFAULTS, num_tokens=num_tokens))
     for config in grid(sweep):
         config["trainer"].Config(**{name: value for name, value in config.items() if name != "trainer"})
     assert schedule.scaled  # and the plan says so
@@ -65,7 +70,7 @@ def test_flags_come_before_preset_before_model_before_default():
     assert sweep.dtype == LLM_CONFIG[model]["dtype"] == "bfloat16"
     assert sweep.target_l0s == PRESETS["saebench"]["target_l0s"] == [20, 40, 80, 160, 320, 640]
     assert sweep.num_tokens == 50_000_000 and sweep.mask is True
-    assert sweep.log_steps == Sweep().log_steps
+    assert sweep.log_steps == DEFAULTS["evaluation, logging, saving"]["log_steps"]
 
 
 def test_saebench_preset():
@@ -88,7 +93,7 @@ def test_every_field_of_the_sweep_is_a_flag():
 
 def test_checkpoints_are_at_the_references_steps():
     plan = argparse.Namespace(schedule=argparse.Namespace(steps=244140))
-    assert demo.checkpoint_steps(plan) == [0, 244, 772, 2441, 7720, 24414, 77203]
+    assert checkpoint_steps(plan) == [0, 244, 772, 2441, 7720, 24414, 77203]
 
 
 @pytest.mark.parametrize("flag, value", [("--num_tokens", "-5"), ("--num_tokens", "many"), ("--dtype", "int8")])

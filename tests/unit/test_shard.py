@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
+from demo_config import ARCHITECTURES, DEFAULTS
 from dictionary_learning.kernels import WHOLE, Shard
+from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers.trainer import SAETrainer, SparseTrainer
 
 B, D, F, K, STEPS = 32, 12, 64, 2, 100
-SWEEP = Sweep(
+SWEEP = Sweep.of(
+    DEFAULTS,
     num_tokens=STEPS * B,
     sae_batch_size=B,
     dictionary_widths=[F],
@@ -36,7 +38,7 @@ def batches() -> list[torch.Tensor]:
 
 def trained(case: str, shard: Shard) -> SAETrainer:
     name, _, form = case.partition(", ")
-    (config,) = get_trainer_configs(SWEEP, [name], "model", 0, D, "cpu")
+    (config,) = get_trainer_configs(SWEEP, {name: ARCHITECTURES[name]}, "model", 0, D, "cpu")
     if name == "p_anneal":  # gentle: with p near 0 rounding grows a thousandfold, in the reference too
         config |= {"lr": 3e-4, "p_end": 0.5}
     trainer = config.pop("trainer")(**config, shard=shard)

@@ -7,14 +7,16 @@ import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
+from demo_config import ARCHITECTURES, DEFAULTS
 from dictionary_learning.dictionary import TopKDictionary
+from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer, top_k
 from dictionary_learning.trainers import trainer as trainer_module
 from dictionary_learning.trainers.top_k import geometric_median
 
 D, F, B, STEPS = 12, 48, 32, 60
-SWEEP = Sweep(
+SWEEP = Sweep.of(
+    DEFAULTS,
     num_tokens=STEPS * B,
     sae_batch_size=B,
     dictionary_widths=[F],
@@ -29,7 +31,7 @@ TOPK_FAMILY = [name for name, row in ARCHITECTURES.items() if row.varies == "k"]
 
 
 def make(name: str, **changes):
-    (config,) = get_trainer_configs(SWEEP, [name], "model", 0, D, "cpu")
+    (config,) = get_trainer_configs(SWEEP, {name: ARCHITECTURES[name]}, "model", 0, D, "cpu")
     trainer_class = config.pop("trainer")
     return trainer_class(**config | changes)
 

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from demo_config import ARCHITECTURES, Sweep, get_trainer_configs
+from demo_config import ARCHITECTURES, DEFAULTS
 from dictionary_learning.kernels import use_kernels
+from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers.trainer import SparseTrainer
 
 pytest.importorskip("triton")
 
 B, D, F, STEPS = 8, 12, 32, 30
-SWEEP = Sweep(
+SWEEP = Sweep.of(
+    DEFAULTS,
     num_tokens=STEPS * B,
     sae_batch_size=B,
     dictionary_widths=[F],
@@ -27,7 +29,7 @@ def trained(name: str, kernels: str):
     use_kernels(kernels)
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        (config,) = get_trainer_configs(SWEEP, [name], "model", 0, D, device)
+        (config,) = get_trainer_configs(SWEEP, {name: ARCHITECTURES[name]}, "model", 0, D, device)
         trainer = config.pop("trainer")(**config)
         generator = torch.Generator().manual_seed(0)
         for step in range(6):

@@ -1,0 +1,279 @@
+"""What a run will do: the flags resolved against the model and the machine, and checked before a weight is loaded."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import estimate_tokens, open_batches, open_documents
+from .model import load_tokenizer, model_shape, resolve_device
+from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
+from .world import World
+
+
+@dataclass
+class Plan:
+    """Everything that is known before a weight is loaded."""
+
+    options: Options
+    sweep: Sweep
+    schedule: Schedule
+    folder: Path
+    model_name: str
+    layers: list[int]
+    architectures: list[str]
+    device: str
+    world: World
+    text_shards: int
+    activation_dim: int
+    n_layers: int
+    llm_parameters: int
+    rows: Mapping[str, Architecture]  # of all architectures there are
+    configs: list[dict[str, Any]]  # of all layers, in order
+    held_out: bool  # evaluation text is the held-out part of the training set
+
+    @property
+    def autocast(self) -> str:
+        return self.sweep.autocast or ("bfloat16" if self.device.startswith("cuda") else "float32")
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The ranks of each owner of SAEs: with --shard_latents N, N neighbours."""
+        n = self.options.shard_latents
+        return [list(range(first, first + n)) for first in range(0, self.world.size, n)]
+
+    def led(self, owners: list[int]) -> list[int]:
+        """The SAEs that this rank writes: of its group's, if it is the first of the group."""
+        return [i for i, owner in enumerate(owners) if self.world.rank == self.groups[owner][0]]
+
+    @property
+    def sae_folders(self) -> list[Path]:
+        folders, n_before = [], dict.fromkeys(self.layers, 0)
+        for config in self.configs:
+            layer = config["layer"]
+            folders.append(self.folder / f"resid_post_layer_{layer}" / f"trainer_{n_before[layer]}")
+            n_before[layer] += 1
+        return folders
+
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs the same run: `run.json` keeps it, `--resume` compares it."""
+        return {
+            "model_name": self.model_name,
+            "revision": self.options.revision,
+            "layers": self.layers,
+            "architectures": self.architectures,
+            "preset": self.options.preset,
+            "mixed_dataset": self.options.mixed_dataset,
+            **dataclasses.asdict(self.sweep),
+            "text_shards": self.text_shards,
+            "eval_is_held_out": self.held_out,
+            "autocast": self.autocast,
+            "save_checkpoints": self.options.save_checkpoints,
+        }
+
+
+def run_folder(options: Options) -> Path:
+    """`<save_dir>/<model>_<arch>_<arch>...`; a local model goes by the name of its folder."""
+    name = Path(options.model_name).resolve().name if os.path.isdir(options.model_name) else options.model_name
+    return Path(options.save_dir) / "_".join([name.replace("/", "_"), *options.architectures])
+
+
+def make_plan(options: Options, sweep: Sweep, rows: Mapping[str, Architecture], world: World) -> Plan:
+    """Resolve a run; ValueError for what cannot work.
+
+    options: with the architectures; without layers it is the middle one.
+    rows: all architectures, in the order that numbers the SAEs.
+    """
+    schedule, name = get_schedule(sweep), options.model_name
+    device = str(world.place(resolve_device(options.device)))
+    place = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    shape = model_shape(name, **place)
+    layers = options.layers or [shape.n_layers // 2]
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"--layers names a layer twice: {layers}.")
+    shape = model_shape(name, last_layer=max(layers), **place)
+    for layer in layers:
+        if not 0 <= layer < shape.n_layers:
+            raise ValueError(f"model {name} has layers 0 to {shape.n_layers - 1}, not {layer}.")
+    if shape.context_limit is not None and sweep.context_length > shape.context_limit:
+        raise ValueError(
+            f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens {name} can read."
+        )
+    asked = {key: row for key, row in rows.items() if key in options.architectures}
+    configs = [
+        config
+        for layer in layers
+        for config in get_trainer_configs(sweep, asked, name, layer, shape.activation_dim, device)
+    ]
+    for config in configs:  # the trainers' own checks, before anything is loaded
+        config["trainer"].Config(**{key: value for key, value in config.items() if key != "trainer"})
+    check_split(options, sweep, world)
+    if sweep.kernels == "triton" and not device.startswith("cuda"):
+        raise ValueError(f"--kernels triton needs a GPU, not --device {device}.")
+    if sweep.buffer_tokens < 2 * sweep.sae_batch_size:
+        raise ValueError(
+            f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
+            f"{sweep.sae_batch_size:,}."
+        )
+    return Plan(
+        options=options,
+        sweep=sweep,
+        schedule=schedule,
+        folder=run_folder(options),
+        model_name=name,
+        layers=layers,
+        architectures=options.architectures,
+        device=device,
+        world=world,
+        text_shards=sweep.text_shards or world.size,
+        activation_dim=shape.activation_dim,
+        n_layers=shape.n_layers,
+        llm_parameters=shape.n_parameters,
+        rows=rows,
+        configs=configs,
+        held_out=sweep.eval_dataset == sweep.dataset,
+    )
+
+
+def check_split(options: Options, sweep: Sweep, world: World) -> None:
+    n = options.shard_latents
+    if world.size % n:
+        raise ValueError(f"--shard_latents {n} needs a multiple of {n} processes from torchrun, not {world.size}.")
+    for width in sweep.dictionary_widths:
+        if width % n:
+            raise ValueError(f"--shard_latents {n} cannot split {width} latents evenly.")
+    if n > 1 and sweep.resample_steps:
+        raise ValueError("--shard_latents cannot be combined with --resample_steps.")
+
+
+@dataclass
+class Needs:
+    """Bytes a run will take."""
+
+    llm: int
+    buffer: int
+    saes: int
+    step: int
+    disk: int
+
+
+def needs(plan: Plan) -> Needs:
+    """Weights, two moments and one gradient at a time in fp32; the disk holds each SAE twice, and two states."""
+    sweep = plan.sweep
+    parameters = [2 * c["activation_dim"] * c["dict_size"] + c["dict_size"] + c["activation_dim"] for c in plan.configs]
+    width = max(c["dict_size"] for c in plan.configs)
+    element = 4 if sweep.dtype == "float32" else 2
+    buffer = sweep.buffer_tokens * len(plan.layers) * plan.activation_dim * element
+    n_files = 2 + (len(checkpoint_steps(plan)) if plan.options.save_checkpoints else 0)
+    return Needs(
+        llm=plan.llm_parameters * element,
+        buffer=buffer,
+        saes=12 * sum(parameters) // plan.world.size,
+        step=4 * (max(parameters) + 2 * sweep.sae_batch_size * width) // plan.options.shard_latents,
+        disk=4 * n_files * sum(parameters) + 3 * (12 * sum(parameters) + buffer),
+    )
+
+
+def memory(plan: Plan) -> dict[str, int]:
+    """Bytes of memory by what takes them."""
+    need = needs(plan)
+    return {
+        "language model": need.llm,
+        "activation buffer": need.buffer,
+        "SAEs and optimisers": need.saes,
+        "one training step, at most": need.step,
+    }
+
+
+def checkpoint_steps(plan: Plan) -> list[int]:
+    """0 and six log-spaced steps up to a third of the run."""
+    fractions = [0.0, *torch.logspace(-3, 0, 7).tolist()[:-1]]
+    return sorted({int(plan.schedule.steps * fraction) for fraction in fractions})
+
+
+def describe(plan: Plan) -> str:
+    """The plan in a few lines."""
+    sweep, schedule = plan.sweep, plan.schedule
+    scaled = [f"{name} {asked:g} -> {used:g}" for name, (asked, used) in schedule.scaled.items()]
+    lines = [
+        f"{plan.model_name}: layers {', '.join(map(str, plan.layers))} of {plan.n_layers}, "
+        f"D = {plan.activation_dim}, {sweep.dtype}, on {plan.device}",
+        f"{len(plan.configs)} SAEs: {', '.join(plan.architectures)}; widths {sweep.dictionary_widths}",
+        f"{schedule.steps * sweep.sae_batch_size:,} tokens = {schedule.steps:,} steps of {sweep.sae_batch_size:,}, "
+        f"SAEs in {plan.autocast}",
+        f"text: {sweep.dataset}{' + ' + sweep.chat_dataset if plan.options.mixed_dataset else ''}; "
+        f"evaluation: {'held-out part of ' if plan.held_out else ''}{sweep.eval_dataset}",
+        *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
+        "memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items()),
+        f"disk: {size_text(needs(plan).disk)} in {plan.folder}",
+        *([f"{plan.world.size} processes share the SAEs and the text"] if plan.world.size > 1 else []),
+    ]
+    return "\n".join(lines)
+
+
+def size_text(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def check_disk(plan: Plan) -> None:
+    parent = plan.folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needs(plan).disk:
+        raise ValueError(
+            f"the run needs {size_text(needs(plan).disk)} on disk, and {parent} has {size_text(free)} free."
+        )
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} cannot be written to: choose another --save_dir.")
+
+
+def check_text(plan: Plan) -> None:
+    """Where it can be known soon: is there text enough for the tokens asked?"""
+    sweep, options = plan.sweep, plan.options
+    documents = open_documents(
+        sweep.dataset,
+        text_column=sweep.text_column,
+        split=sweep.split,
+        subset=sweep.subset,
+        held_out=False if plan.held_out else None,
+        epochs=sweep.epochs,
+    )
+    tokens = estimate_tokens(documents, load_tokenizer(plan.model_name, options.revision, options.trust_remote_code))
+    asked = sweep.num_tokens * (1 - sweep.chat_fraction if options.mixed_dataset else 1)
+    if tokens is not None and tokens < 0.9 * asked:  # near the limit, training will tell
+        raise ValueError(
+            f"{sweep.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
+            f"for {round(asked):,}: give more text, ask for fewer with --num_tokens, or read it again with --epochs."
+        )
+
+
+def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:
+    """Batches of contexts, for training or for evaluation."""
+    sweep = plan.sweep
+    return open_batches(
+        sweep.eval_dataset if evaluation else sweep.dataset,
+        tokenizer,
+        context_length=sweep.context_length,
+        batch_size=(sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)) if evaluation else sweep.llm_batch_size,
+        text_column=sweep.text_column,
+        split=sweep.split,
+        subset=None if evaluation and not plan.held_out else sweep.subset,
+        held_out=evaluation if plan.held_out else None,
+        epochs=1 if evaluation else sweep.epochs,
+        mixed=plan.options.mixed_dataset,
+        chat_dataset=sweep.chat_dataset,
+        chat_fraction=sweep.chat_fraction,
+        chat_pack=sweep.pack_chats,
+        seed=sweep.random_seeds[0],
+        shard=shard,
+    )
