@@ -13,11 +13,13 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import demo_config
 from demo_config import ARCHITECTURES, DEFAULTS, LLM_CONFIG, PRESETS
-from dictionary_learning.sweep import INTERRUPTED, Options, Sweep, check_sweep
+from dictionary_learning.sweep import ENDED_EARLY, INTERRUPTED, Options, Sweep, check_sweep
 
 if TYPE_CHECKING:
     from dictionary_learning.plan import Plan
@@ -38,9 +40,10 @@ examples:
   torchrun --nproc_per_node 8 demo.py --model_name google/gemma-2-2b --layers 5 12 19
       the same sweep on eight GPUs
 
-exit codes: 0 done, 2 something to mend in the command or its surroundings, {INTERRUPTED} stopped after a saved state
-(by a signal, for want of text, or because a process was lost) and resumable with --resume, 130 stopped at once by a
-second Ctrl-C.
+exit codes: 0 done; 2 something to mend in the command or its surroundings; {ENDED_EARLY} the text ended before the
+asked tokens, the SAEs are written, and --resume goes on with more text or --epochs; {INTERRUPTED} stopped after a saved
+state (by a signal, for want of the network, or because a process was lost), to be continued with --resume; 130 stopped
+at once by a second Ctrl-C.
 """
 
 
@@ -48,79 +51,84 @@ second Ctrl-C.
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All flags; one that is not given is None."""
     parser = argparse.ArgumentParser(
         description="Train, evaluate and share sparse autoencoders (SAEs) on a language model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=[])  # what was typed, which `parse` knows
     flags = {field.name: field for field in (*dataclasses.fields(Options), *dataclasses.fields(Sweep))}
-    run = parser.add_argument_group("the run")
-    for field in dataclasses.fields(Options):
-        if "help" in field.metadata:
-            default = {"architectures": demo_config.DEFAULT_ARCHITECTURES}.get(field.name, field.default)
-            _add(run, field, field.default, default)
-    for title, values in DEFAULTS.items():
+    options = {name: field.default for name, field in flags.items() if field.default is not dataclasses.MISSING}
+    options["architectures"] = demo_config.DEFAULT_ARCHITECTURES
+    for title, values in {"the run": options, **DEFAULTS}.items():
         group = parser.add_argument_group(title)
-        for name, default in values.items():
-            _add(group, flags[name], None, default)
+        for name, value in values.items():
+            _add(group, flags[name], value)
     return parser
 
 
-def _add(group: Any, field: dataclasses.Field, default: Any, shown: Any) -> None:
-    """The flag of a field; `shown` is the value that it has where neither it nor a model's row or preset is given."""
+def _add(group: Any, field: dataclasses.Field, value: Any) -> None:
+    """The flag of a field; `value` is what it has where neither it nor a model's row or preset is given."""
     text = field.metadata["help"]
-    if "default:" not in text and shown is not False:
-        words = shown if isinstance(shown, list) else [f"{shown:_}" if type(shown) is int else shown or "none"]
+    if "default:" not in text and value is not False:
+        words = value if isinstance(value, list) else [f"{value:_}" if type(value) is int else value or "none"]
         text += f" (default: {' '.join(map(str, words))})"
-    group.add_argument(f"--{field.name}", default=default, help=text.replace("%", "%%"), **_kind(field))
+    group.add_argument(f"--{field.name}", default=None, help=text.replace("%", "%%"), **_kind(field))
 
 
 def _kind(field: dataclasses.Field) -> dict[str, Any]:
     """How argparse reads the flag of a field, from its annotation and metadata."""
+    told = {name: value for name, value in field.metadata.items() if name not in ("help", "least")}
     if field.type is bool:  # False of itself, or a value that a model's row or a preset may set
         return {"action": "store_true" if field.default is False else argparse.BooleanOptionalAction}
     annotation = str(field.type)
-    kinds: dict[str, Any] = {"int": _count, "float": float, "str": str}
-    kind = next(kinds[name] for name in ("float", "int", "str") if name in annotation)
+    kinds = {"float": float, "int": partial(_count, least=field.metadata.get("least", 1)), "str": str}
+    kind = next(kinds[name] for name in kinds if name in annotation)
     many = {"nargs": "+"} if "list" in annotation else {}
     choices = {"architectures": {"choices": list(ARCHITECTURES)}, "preset": {"choices": list(PRESETS)}}
-    told = {name: value for name, value in field.metadata.items() if name != "help"}
     return {"type": kind, **many, **choices.get(field.name, {}), **told}
 
 
-def _count(text: str) -> int:
-    """An integer, also written 50_000_000 or 5e7."""
+def _count(text: str, least: int) -> int:
+    """A whole number of at least so much, also written 50_000_000 or 5e7."""
     value = float(text)
-    if not value.is_integer() or value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    if not value.is_integer() or value < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(value)
 
 
-def resolve_sweep(args: argparse.Namespace) -> Sweep:
-    """Defaults, overridden by the model's row, the preset and the flags, in this order."""
-    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sweep)}
-    given = {name: value for name, value in flags.items() if value is not None}
-    sweep = Sweep.of(DEFAULTS, **LLM_CONFIG.get(args.model_name, {}) | PRESETS.get(args.preset, {}) | given)
+def resolve(args: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> tuple[Options, Sweep]:
+    """Defaults, then the model's row, the preset, what an earlier run recorded, and the flags: the last one counts."""
+    recorded = recorded or {}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    of_options, of_sweep = ({field.name for field in dataclasses.fields(cls)} for cls in (Options, Sweep))
+    asked = {**recorded, **given}
+    options = Options(**{name: value for name, value in asked.items() if name in of_options})
+    options.architectures = options.architectures or demo_config.DEFAULT_ARCHITECTURES
+    preset_layers = demo_config.PRESET_LAYERS.get(options.preset, {}) if options.preset else {}
+    of_model = preset_layers.get(options.model_name) or demo_config.DEFAULT_LAYERS.get(options.model_name)
+    options.layers = options.layers or of_model
+
+    values = LLM_CONFIG.get(options.model_name, {}) | PRESETS.get(options.preset or "", {})
+    sweep = Sweep.of(DEFAULTS, **values | {name: value for name, value in asked.items() if name in of_sweep})
     train_default, eval_default = demo_config.DEFAULT_DATASET
     sweep.eval_dataset = sweep.eval_dataset or sweep.dataset or eval_default
     sweep.dataset = sweep.dataset or train_default
-    check_sweep(sweep, args.architectures or [])
-    return sweep
+    sweep.eval_split = sweep.eval_split or sweep.split
+    sweep.eval_text_column = sweep.eval_text_column or sweep.text_column
+    if sweep.eval_dataset == sweep.dataset:
+        sweep.eval_subset = sweep.eval_subset or sweep.subset
+    return options, sweep
 
 
 def make_plan(args: argparse.Namespace, world: "World") -> "Plan":
     """What the flags ask for, resolved against the model and the machine; ValueError for what cannot work."""
-    sweep = resolve_sweep(args)
-    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
-    options.architectures = args.architectures or demo_config.DEFAULT_ARCHITECTURES
-    preset_layers = demo_config.PRESET_LAYERS.get(args.preset, {})
-    options.layers = (
-        args.layers or preset_layers.get(args.model_name) or demo_config.DEFAULT_LAYERS.get(args.model_name)
-    )
+    options, sweep = resolve(args)
+    check_sweep(sweep, options.architectures)
     from dictionary_learning import plan
 
-    return plan.make_plan(options, sweep, ARCHITECTURES, world)
+    defaults = dataclasses.asdict(Sweep.of(DEFAULTS))
+    return plan.make_plan(options, sweep, ARCHITECTURES, defaults, world)
 
 
 # -- commands
@@ -154,7 +162,7 @@ def walk(args: argparse.Namespace) -> int:
 
     world = World()
     try:
-        world = World.start(args.timeout_minutes)
+        world = World.start(resolve(args)[0].timeout_minutes)
         code = run(args, world)
         if code == INTERRUPTED:
             world.gather(None)  # torchrun ends all processes with the first that ends like this
@@ -176,10 +184,10 @@ def run(args: argparse.Namespace, world: "World") -> int:
     from dictionary_learning.run import carry_out, check, evaluate_only, upload
 
     if args.upload_only is not None:
-        return upload(args.upload_only, args.hf_repo_id, args.private) if world.rank == 0 else 0
-    plan = world.together(lambda: make_plan(args, world))
+        return upload(resolve(args)[0], args.upload_only) if world.rank == 0 else 0
     if args.eval_only is not None:
-        return evaluate_only(plan)
+        return evaluate_only(partial(resolve, args), ARCHITECTURES, world)
+    plan = world.together(lambda: make_plan(args, world))
     world.together(lambda: check(plan), rank=0)
     return 0 if args.dry_run else carry_out(plan)
 

@@ -58,7 +58,6 @@ def write_work(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import demo
     from dictionary_learning.formats import save_sae
     from dictionary_learning.model import BUILT_IN, load_model
-    from dictionary_learning.plan import open_text
     from dictionary_learning.world import World
 
     # one SAE of each architecture for every seed
@@ -69,7 +68,7 @@ def write_work(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plan = demo.make_plan(demo.build_parser().parse_args([*grid, *args.demo_flags]), World())
     lm, layer = load_model(plan.model_name), plan.layers[0]
     texts, tokens = [], []
-    batches = open_text(plan, lm.tokenizer, evaluation=True)
+    batches = plan.open_text(lm.tokenizer, evaluation=True)
     for context in itertools.chain.from_iterable(tokens_BL.tolist() for tokens_BL, _ in batches):
         text = lm.tokenizer.decode(context)
         # the reference leaves out the targets that are eos

@@ -133,7 +133,6 @@ def make_plan(args: argparse.Namespace) -> Any:
 def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """What the contestants need, as JSON; the reference's text is what our contexts say, one a line."""
     from dictionary_learning.model import BUILT_IN, load_tokenizer
-    from dictionary_learning.plan import open_text
 
     sweep, steps = plan.sweep, plan.schedule.steps
     # both buffers fill up when fewer than half of their positions are unread
@@ -141,7 +140,7 @@ def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any
     if steps < (1 + (args.rounds + 1) * args.refills) * steps_a_refill:
         raise SystemExit(f"a run of {steps} steps is too short: give more --num_tokens")
     tokenizer = load_tokenizer(plan.model_name)
-    text = open_text(plan, tokenizer, evaluation=False)
+    text = plan.open_text(tokenizer, evaluation=False)
     with open(f"{folder}/texts", "w") as file:
         for _ in range(0, steps * sweep.sae_batch_size, sweep.llm_batch_size * sweep.context_length):
             file.writelines(json.dumps(tokenizer.decode(context)) + "\n" for context in next(text)[0].tolist())
@@ -172,11 +171,8 @@ def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any
 
 
 def load_ours(plan: Any) -> tuple[Any, Any]:
-    from dictionary_learning.plan import open_text
-    from dictionary_learning.run import open_model
-
-    lm = open_model(plan, last_layer=plan.layers[0])
-    return lm, open_text(plan, lm.tokenizer, evaluation=False)
+    lm = plan.open_model(last_layer=plan.layers[0])
+    return lm, plan.open_text(lm.tokenizer, evaluation=False)
 
 
 def ours(plan: Any, work: dict[str, Any]) -> None:

@@ -10,32 +10,29 @@ from typing import Any
 
 import torch
 
-from .data import estimate_tokens, open_batches, open_documents
+from .data import estimate_tokens, open_documents
 from .model import load_tokenizer, model_shape, resolve_device
+from .reading import Reading
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
 from .world import World
 
 
 @dataclass
-class Plan:
+class Plan(Reading):
     """Everything that is known before a weight is loaded."""
 
-    options: Options
-    sweep: Sweep
     schedule: Schedule
     folder: Path
     model_name: str
     layers: list[int]
     architectures: list[str]
-    device: str
-    world: World
     text_shards: int
     activation_dim: int
     n_layers: int
     llm_parameters: int
     rows: Mapping[str, Architecture]  # of all architectures there are
     configs: list[dict[str, Any]]  # of all layers, in order
-    held_out: bool  # evaluation text is the held-out part of the training set
+    defaults: Mapping[str, Any]  # of all settings
 
     @property
     def autocast(self) -> str:
@@ -68,7 +65,6 @@ class Plan:
             "layers": self.layers,
             "architectures": self.architectures,
             "preset": self.options.preset,
-            "mixed_dataset": self.options.mixed_dataset,
             **dataclasses.asdict(self.sweep),
             "text_shards": self.text_shards,
             "eval_is_held_out": self.held_out,
@@ -83,11 +79,13 @@ def run_folder(options: Options) -> Path:
     return Path(options.save_dir) / "_".join([name.replace("/", "_"), *options.architectures])
 
 
-def make_plan(options: Options, sweep: Sweep, rows: Mapping[str, Architecture], world: World) -> Plan:
+def make_plan(
+    options: Options, sweep: Sweep, rows: Mapping[str, Architecture], defaults: Mapping[str, Any], world: World
+) -> Plan:
     """Resolve a run; ValueError for what cannot work.
 
     options: with the architectures; without layers it is the middle one.
-    rows: all architectures, in the order that numbers the SAEs.
+    rows: all architectures, in the order that numbers the SAEs. defaults: of the settings of runs that do not say them.
     """
     schedule, name = get_schedule(sweep), options.model_name
     device = str(world.place(resolve_device(options.device)))
@@ -136,7 +134,7 @@ def make_plan(options: Options, sweep: Sweep, rows: Mapping[str, Architecture], 
         llm_parameters=shape.n_parameters,
         rows=rows,
         configs=configs,
-        held_out=sweep.eval_dataset == sweep.dataset,
+        defaults=defaults,
     )
 
 
@@ -206,7 +204,7 @@ def describe(plan: Plan) -> str:
         f"{len(plan.configs)} SAEs: {', '.join(plan.architectures)}; widths {sweep.dictionary_widths}",
         f"{schedule.steps * sweep.sae_batch_size:,} tokens = {schedule.steps:,} steps of {sweep.sae_batch_size:,}, "
         f"SAEs in {plan.autocast}",
-        f"text: {sweep.dataset}{' + ' + sweep.chat_dataset if plan.options.mixed_dataset else ''}; "
+        f"text: {sweep.dataset}{' + ' + sweep.chat_dataset if sweep.mixed_dataset else ''}; "
         f"evaluation: {'held-out part of ' if plan.held_out else ''}{sweep.eval_dataset}",
         *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
         "memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items()),
@@ -249,31 +247,9 @@ def check_text(plan: Plan) -> None:
         epochs=sweep.epochs,
     )
     tokens = estimate_tokens(documents, load_tokenizer(plan.model_name, options.revision, options.trust_remote_code))
-    asked = sweep.num_tokens * (1 - sweep.chat_fraction if options.mixed_dataset else 1)
+    asked = sweep.num_tokens * (1 - sweep.chat_fraction if sweep.mixed_dataset else 1)
     if tokens is not None and tokens < 0.9 * asked:  # near the limit, training will tell
         raise ValueError(
             f"{sweep.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
             f"for {round(asked):,}: give more text, ask for fewer with --num_tokens, or read it again with --epochs."
         )
-
-
-def open_text(plan: Plan, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:
-    """Batches of contexts, for training or for evaluation."""
-    sweep = plan.sweep
-    return open_batches(
-        sweep.eval_dataset if evaluation else sweep.dataset,
-        tokenizer,
-        context_length=sweep.context_length,
-        batch_size=(sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)) if evaluation else sweep.llm_batch_size,
-        text_column=sweep.text_column,
-        split=sweep.split,
-        subset=None if evaluation and not plan.held_out else sweep.subset,
-        held_out=evaluation if plan.held_out else None,
-        epochs=1 if evaluation else sweep.epochs,
-        mixed=plan.options.mixed_dataset,
-        chat_dataset=sweep.chat_dataset,
-        chat_fraction=sweep.chat_fraction,
-        chat_pack=sweep.pack_chats,
-        seed=sweep.random_seeds[0],
-        shard=shard,
-    )

@@ -6,26 +6,28 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .buffer import ActivationBuffer
-from .evaluation import evaluate_saes
-from .files import read_json, write_atomic, write_json
-from .formats import find_saes, load_dictionary
+from .files import read_json, write_json
 from .kernels import Shard, use_kernels
-from .model import LanguageModel, load_model
-from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, open_text, size_text
+from .model import LanguageModel, resolve_device
+from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, run_folder, size_text
+from .reading import Reading
+from .results import RESULTS, Named, evaluate, find_named
 from .state import SavedState, load_state, save_state
-from .sweep import INTERRUPTED, Architecture
+from .sweep import ENDED_EARLY, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
-from .training import Interrupted, Loop, make_runs, step_microseconds
-from .world import job, restarted, spread
+from .training import Interrupted, Loop, TextEndedError, make_runs, step_microseconds
+from .world import World, job, restarted, spread
 
 
 def prepare_folder(plan: Plan) -> dict[str, Any]:
@@ -44,19 +46,26 @@ def prepare_folder(plan: Plan) -> dict[str, Any]:
             )
         settings = read_json(record)["settings"]
         plan.text_shards = plan.sweep.text_shards or settings.get("text_shards", 1)  # whatever the processes now
-        refuse_changes(settings, json.loads(json.dumps(plan.settings())))
     elif plan.options.resume:
         raise ValueError(f"there is no run to resume in {plan.folder}.")
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise ValueError(f"{plan.folder} exists and holds other things: choose another --save_dir.")
-    begun = {
-        "settings": plan.settings(),
-        "command": shlex.join(["python", *plan.options.command]),
-        "versions": versions(),
-    }
-    content = (read_json(record) if record.exists() else begun) | {"job": job()}
-    if not record.exists() or content["job"] is not None:
+    if not record.exists():
+        content = {
+            "run_id": uuid.uuid4().hex,
+            "settings": plan.settings(),
+            "command": shlex.join(["python", *plan.options.command]),
+            "versions": versions(),
+            "job": job(),
+        }
         write_json(record, content)
+        return content
+    content = read_json(record)
+    changed = changes(content, json.loads(json.dumps(plan.settings())), plan.defaults)
+    if changed or job() is not None:
+        content["settings"] |= {name: now for name, (_, now) in changed.items()}
+        content["changes"] = [*content.get("changes", []), *([changed] if changed else [])]
+        write_json(record, content | {"job": job()})
     return content
 
 
@@ -64,18 +73,36 @@ def prepare_folder(plan: Plan) -> dict[str, Any]:
 FREE_TO_CHANGE = {
     "backup_steps",
     "backup_minutes",
+    "log_steps",
     "wandb_project",
     "wandb_entity",
+    "epochs",  # what they add begins where the text would have ended
+    "skip_damaged",
+    "eval_dataset",
+    "eval_text_column",
+    "eval_split",
+    "eval_subset",
     "eval_num_inputs",
     "eval_batch_size",
 }
+# What else may differ where the text ended early: what is read next.
+TEXT_TO_CHANGE = {"dataset", "split", "subset", "text_column", "chat_dataset", "chat_split", "chat_subset"}
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    names = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
-    changed = [f"{n} was {before.get(n)}, is {now.get(n)}" for n in names if before.get(n) != now.get(n)]
-    if changed:
-        raise ValueError(f"the run was started with other settings, so it cannot be resumed: {'; '.join(changed)}.")
+def changes(
+    record: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """{setting: (was, is)} of a run that is to be resumed; ValueError where its weights would not be the run's.
+
+    defaults: of settings that did not exist when the run was begun.
+    """
+    before = {**defaults, **record["settings"]}
+    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    free = FREE_TO_CHANGE | (TEXT_TO_CHANGE if record.get("ended_early") else set())
+    refused = [f"{name} was {was}, is {value}" for name, (was, value) in sorted(changed.items()) if name not in free]
+    if refused:
+        raise ValueError(f"the run was started with other settings, so it cannot be resumed: {'; '.join(refused)}.")
+    return changed
 
 
 def versions() -> dict[str, str]:
@@ -98,19 +125,6 @@ def share_out(plan: Plan, shard: Shard) -> list[int]:
     # every rank takes what it is told, so that all come to the same owners
     costs = {kind: cost for part in world.gather(timed) for kind, cost in part.items()}
     return spread([costs[kind] for kind in kinds], [c["layer"] for c in configs], len(plan.groups))
-
-
-def open_model(plan: Plan, last_layer: int | None = None) -> LanguageModel:
-    """The run's language model, up to a layer or whole."""
-    return load_model(
-        plan.model_name,
-        device=plan.device,
-        dtype=getattr(torch, plan.sweep.dtype),
-        last_layer=last_layer,
-        attn_implementation=plan.sweep.attn_implementation,
-        revision=plan.options.revision,
-        trust_remote_code=plan.options.trust_remote_code,
-    )
 
 
 def make_buffer(
@@ -140,7 +154,8 @@ def train(
     state: SavedState | None,
     tracker: Tracker,
     wandb_ids: list[str],
-) -> None:
+) -> str | None:
+    """Train this rank's SAEs.  Returns a sentence if the text ended before the asked tokens; the SAEs are written."""
 
     sweep, world = plan.sweep, plan.world
     mine = [i for i, owner in enumerate(owners) if world.rank in plan.groups[owner]]
@@ -148,12 +163,12 @@ def train(
     readers: dict[int, set[int]] = {layer: set() for layer in plan.layers}
     for config, owner in zip(plan.configs, owners, strict=True):
         readers[config["layer"]].update(plan.groups[owner])
-    lm = world.together(lambda: open_model(plan, last_layer=max(plan.layers)))
+    lm = world.together(lambda: plan.open_model(last_layer=max(plan.layers)))
     world.connect(lm.device)
     n = plan.text_shards
     shards = world.together(
         lambda: [
-            open_text(plan, lm.tokenizer, evaluation=False, shard=(s, n)) if s % world.size == world.rank else None
+            plan.open_text(lm.tokenizer, evaluation=False, shard=(s, n)) if s % world.size == world.rank else None
             for s in range(n)
         ]
     )
@@ -192,8 +207,11 @@ def train(
     if state is not None:
         loop.load_state_dict(state)
         print(f"resumed at step {loop.step:,} of {loop.steps:,}")
+    ended: str | None = None
     try:
         loop.train()
+    except TextEndedError as end:
+        ended = str(end)
     except torch.OutOfMemoryError as error:
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items())
         raise ValueError(
@@ -204,7 +222,9 @@ def train(
         for text in filter(None, shards):
             text.close()
     world.gather(None)  # every SAE is written
-    world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, time.monotonic() - started), rank=0)
+    seconds = time.monotonic() - started
+    world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, seconds, ended), rank=0)
+    return ended
 
 
 def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
@@ -222,109 +242,28 @@ def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
     )
 
 
-def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], seconds: float) -> None:
-    """Note in run.json that the SAEs are trained, and on what; the resume state has served."""
+def finish_training(
+    plan: Plan, buffer: ActivationBuffer, loop: Loop, wandb_ids: list[str], seconds: float, ended: str | None
+) -> None:
+    """Note in run.json that the SAEs are trained, and on what; unless the text ended, the resume state has served."""
     record = plan.folder / "run.json"
-    write_json(
-        record,
-        read_json(record)
-        | {
-            "trained": True,
-            "tokens": loop.tokens,
-            "seconds": round(seconds, 1),
-            "seconds_saving_state": round(loop.seconds_in_state, 2),
-            "norm_factors": loop.norm_factors,
-            "positions": dict(buffer.counts),
-            "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
-            "wandb_ids": wandb_ids,
-        },
-    )
-    shutil.rmtree(plan.folder / "resume", ignore_errors=True)
+    content = read_json(record) | {
+        "trained": ended is None,
+        "tokens": loop.tokens,
+        "seconds": round(seconds, 1),
+        "seconds_saving_state": round(loop.seconds_in_state, 2),
+        "norm_factors": loop.norm_factors,
+        "positions": dict(buffer.counts),
+        "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
+        "wandb_ids": wandb_ids,
+    }
+    content.pop("ended_early", None)
+    if ended is not None:
+        content["ended_early"] = {"step": loop.step, "steps": loop.steps, "tokens": loop.tokens}
+    write_json(record, content)
+    if ended is None:
+        shutil.rmtree(plan.folder / "resume", ignore_errors=True)
     print(f"trained on {loop.tokens:,} tokens in {seconds:.0f} s ({loop.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
-
-
-# -- evaluation
-
-
-def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
-    """Evaluate SAE folders on the same held-out text; returns the results of those that could be loaded."""
-    world, saes, norm_bounds = plan.world, [], {}
-    for folder in folders[len(folders) * world.rank // world.size : len(folders) * (world.rank + 1) // world.size]:
-        try:
-            ae, config = load_dictionary(folder)
-            trained_on = str(config["trainer"].get("lm_name"))
-            if Path(trained_on).name != Path(plan.model_name).name:
-                raise ValueError(f"it was trained on {trained_on}: give --model_name {trained_on}")
-        except (ValueError, OSError) as error:
-            print(f"not evaluated: {folder}: {error}", file=sys.stderr)
-            continue
-        layer = int(config["trainer"]["layer"])
-        saes.append((str(folder), ae, layer))
-        if config["buffer"].get("median_norm"):
-            norm_bounds[layer] = config["buffer"]["median_norm"] * config["buffer"]["max_norm_multiple"]
-    shares = world.gather((len(saes), norm_bounds))
-    if not any(n for n, _ in shares):
-        raise ValueError(f"there is no SAE to evaluate in {', '.join(map(str, folders)) or plan.folder}.")
-    norm_bounds = {layer: bound for _, bounds in shares for layer, bound in bounds.items()}
-    parts = world.gather(world.together(lambda: evaluate_share(plan, saes, norm_bounds) if saes else {}))
-    results = {Path(name): result for part in parts for name, result in part.items()}
-    if world.rank == 0:
-        print_table(results, plan.rows)
-    return results
-
-
-def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: dict[int, float]) -> dict[str, Any]:
-    """Evaluate this rank's share of the SAEs, (folder, SAE, layer), and write what comes out into their folders."""
-    lm = open_model(plan)
-    text = open_text(plan, lm.tokenizer, evaluation=True)
-    batches, n_contexts = [], 0
-    for tokens_BL, mask_BL in text:
-        n = plan.sweep.eval_num_inputs - n_contexts
-        batches.append((tokens_BL[:n], mask_BL[:n]))
-        n_contexts += len(batches[-1][0])
-        if n_contexts >= plan.sweep.eval_num_inputs:
-            break
-    text.close()
-    if not batches:
-        raise ValueError(f"{plan.sweep.eval_dataset} has no text for evaluation: give another --eval_dataset.")
-    evaluations = evaluate_saes(
-        lm,
-        saes,
-        batches,
-        mask=plan.sweep.mask,
-        norm_bounds=norm_bounds,
-        hyperparameters={"dataset": plan.sweep.eval_dataset, "held_out": plan.held_out},
-        show_progress=plan.world.rank == 0,
-    )
-    for name, evaluation in evaluations.items():
-        write_json(Path(name) / "eval_results.json", evaluation.results)
-        if evaluation.density_F is not None:
-            density = {"density": evaluation.density_F.float().contiguous()}
-            write_atomic(Path(name) / "density.safetensors", lambda tmp, density=density: save_file(density, tmp))
-    return {name: evaluation.results for name, evaluation in evaluations.items()}
-
-
-def print_table(evaluations: dict[Path, dict[str, Any]], architectures: Mapping[str, Architecture]) -> None:
-    """A line for each SAE, and what is wrong with it."""
-    names = {row.trainer: name for name, row in architectures.items()}
-    rows: list[tuple[str, ...]] = [
-        ("layer", "architecture", "width", "setting", "L0", "loss recovered", "variance explained", "alive")
-    ]
-    for folder, results in evaluations.items():
-        trainer = read_json(folder / "config.json")["trainer"]
-        architecture = str(names.get(trainer["trainer_class"], trainer["trainer_class"]))
-        varies = architectures[architecture].varies if architecture in architectures else ""
-        setting = f"{varies} {trainer.get(varies, '')}"
-        numbers = ("l0", "frac_recovered", "frac_variance_explained", "frac_alive")
-        cells = [f"{results[key]:.4g}" if results[key] is not None else "-" for key in numbers]
-        rows.append((str(trainer["layer"]), architecture, str(trainer["dict_size"]), setting, *cells))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for folder, results in evaluations.items():
-        for kind in ("error", "warning"):
-            if kind in results:
-                print(f"{kind}: {folder}: {results[kind]}", file=sys.stderr)
 
 
 # -- the walk
@@ -343,7 +282,10 @@ def check(plan: Plan) -> None:
 
 
 def carry_out(plan: Plan) -> int:
-    """Train, evaluate, plot, report, upload; what an earlier part of the run has done is not done again."""
+    """Train, evaluate, plot, report, upload; what an earlier part of the run has done is not done again.
+
+    Each stage after training is tried even if the one before failed; what is missing is told, with the command for it.
+    """
     options, world, n_saes = plan.options, plan.world, len(plan.configs)
     record, plan.text_shards = world.together(lambda: (prepare_folder(plan), plan.text_shards), rank=0)
     trained = record.get("trained", False)
@@ -354,19 +296,20 @@ def carry_out(plan: Plan) -> int:
     mine = plan.led(owners)
     tracker = open_tracker(plan, mine, record.get("wandb_ids", []) if state is None else state["wandb_ids"])
     ids = {i: name for part in world.gather(dict(zip(mine, tracker.ids, strict=False))) for i, name in part.items()}
+    ended: str | None = None
+    stages = Stages()
     try:
         if not trained:
-            train(plan, owners, shard, state, tracker, [ids[i] for i in sorted(ids)])
+            ended = train(plan, owners, shard, state, tracker, [ids[i] for i in sorted(ids)])
         if not options.no_eval:
-            results = evaluate(plan, plan.sae_folders)
-            for n, i in enumerate(mine):
-                if plan.sae_folders[i] in results:
-                    tracker.summary(n, results[plan.sae_folders[i]])
-            if world.rank == 0:
-                plot(plan.folder)
+            again = f"python demo.py --eval_only {shlex.quote(str(plan.folder))}"
+            with stages.stage("evaluation", again):
+                evaluate_run(plan, mine, tracker)
+            with stages.stage("plot", again):
+                if world.rank == 0:
+                    plot(plan.folder)
     except Interrupted as stop:
-        again = shlex.join(["python", *(word for word in options.command if word not in ("--resume", "--overwrite"))])
-        world.tell(f"{stop}. Continue with: {again if world.size == 1 else 'the same command and'} --resume")
+        world.tell(f"{stop}. Continue with: {_command_again(plan)} --resume")
         return INTERRUPTED
     finally:
         for sentence in tracker.finish():
@@ -374,19 +317,69 @@ def carry_out(plan: Plan) -> int:
     if world.rank > 0:
         return 0
     if options.report:
-        from .report import write_reports
+        with stages.stage("report", f"python -m dictionary_learning.report {shlex.quote(str(plan.folder))}"):
+            from .report import write_reports
 
-        write_reports(plan.folder, device=plan.device)
-    return upload(plan.folder, options.hf_repo_id, options.private) if options.hf_repo_id else 0
+            write_reports(plan.folder, device=plan.device)
+    if options.hf_repo_id:
+        with stages.stage("upload"):  # its error names the command
+            upload(options, plan.folder)
+    if ended is not None:
+        print(f"{ended} Continue with more text or --epochs: {_command_again(plan)} --resume", file=sys.stderr)
+    return 2 if stages.failed else 0 if ended is None else ENDED_EARLY
 
 
-def evaluate_only(plan: Plan) -> int:
-    for folder in map(Path, plan.options.eval_only or [plan.folder]):
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder.")
-        evaluate(plan, find_saes(folder))
-        if plan.world.rank == 0:
-            plot(folder)
+@dataclass
+class Stages:
+    """The stages after training: one that fails is told, and stops no other."""
+
+    failed: bool = False
+
+    @contextmanager
+    def stage(self, name: str, again: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.failed = True
+            print(f"error: {name}: {error}" + (f"; then: {again}" if again else ""), file=sys.stderr)
+
+
+def _command_again(plan: Plan) -> str:
+    if plan.world.size > 1:
+        return "the same command and"
+    return shlex.join(["python", *(word for word in plan.options.command if word not in ("--resume", "--overwrite"))])
+
+
+def evaluate_run(plan: Plan, mine: Sequence[int], tracker: Tracker) -> None:
+    """Evaluate all SAEs of the run; of those that this rank tracks, note the results."""
+    settings = plan.settings()
+    saes = [Named(str(folder), folder, settings) for folder in plan.sae_folders]
+    results = evaluate(saes, lambda _: plan, plan.rows, plan.world)
+    for n, i in enumerate(mine):
+        if str(plan.sae_folders[i]) in results:
+            tracker.summary(n, results[str(plan.sae_folders[i])])
+
+
+def evaluate_only(
+    resolve: Callable[[Mapping[str, Any]], tuple[Options, Sweep]], rows: Mapping[str, Architecture], world: World
+) -> int:
+    """Evaluate SAEs of any runs and families in one table.
+
+    resolve: from what a run or a config says to what holds with the flags that were given.
+    """
+    options, _ = resolve({})
+    device = str(world.place(resolve_device(options.device)))
+
+    def reading(recorded: Mapping[str, Any]) -> Reading:
+        return Reading(*resolve(recorded), device, world)
+
+    names = options.eval_only or [str(run_folder(options))]
+    saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
+    results = evaluate(saes, reading, rows, world)
+    if world.rank == 0:
+        for folder in filter(Path.is_dir, map(Path, names)):
+            if any((sae.folder / RESULTS).is_file() for sae in saes if sae.name in results):
+                plot(folder)
     return 0
 
 
@@ -398,10 +391,10 @@ def plot(folder: Path) -> None:
     print(f"plot: {folder / 'pareto.png'}")
 
 
-def upload(folder: str | Path, repo_id: str | None, private: bool) -> int:
+def upload(options: Options, folder: str | Path) -> int:
     from .hub import upload_run
 
-    if repo_id is None:
+    if options.hf_repo_id is None:
         raise ValueError("--upload_only needs --hf_repo_id USER/REPO.")
-    print(f"uploaded to {upload_run(folder, repo_id, private=private)}")
+    print(f"uploaded to {upload_run(folder, options.hf_repo_id, private=options.private)}")
     return 0

@@ -8,11 +8,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Self
 
+# What the numbers of an evaluation depend on beside the SAE.
+EVALUATION_SETTINGS = (
+    "model_name",
+    "revision",
+    "dataset",
+    "split",
+    "subset",
+    "eval_dataset",
+    "eval_text_column",
+    "eval_split",
+    "eval_subset",
+    "mixed_dataset",
+    "chat_dataset",
+    "chat_split",
+    "chat_subset",
+    "chat_fraction",
+    "pack_chats",
+    "context_length",
+    "prepend_bos",
+    "dtype",
+    "mask",
+    "exclude_special_tokens",
+    "eval_num_inputs",
+    "random_seeds",
+)
 INTERRUPTED = 75  # exit code of a run that was stopped where --resume continues it (EX_TEMPFAIL of sysexits.h)
+ENDED_EARLY = 3  # of one whose text ended before the asked tokens: its SAEs are written, --resume takes more text
 
 
 def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A field with the help text of its flag, and what else argparse is told: choices, nargs, metavar."""
+    """A field with the help text of its flag, and what else its parser is told: choices, nargs, metavar, `least`."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -23,11 +49,10 @@ class Options:
     save_dir: str = option("folder in which the run gets its own", "saes")
     model_name: str = option("Hub id or folder of a causal LM", "tiny-python")
     revision: str | None = option("of the model on the Hub: branch, tag or commit", None)
-    layers: list[int] | None = option("layers whose output the SAEs read (default: the middle one)", None)
+    layers: list[int] | None = option("layers whose output the SAEs read (default: the middle one)", None, least=0)
     architectures: list[str] = option("which kinds of SAE", None, metavar="NAME")
     preset: str | None = option("a published recipe in place of the defaults", None)
     device: str | None = option("cuda, cuda:1, mps, cpu, ... (default: the first of them that is there)", None)
-    mixed_dataset: bool = option("mix conversations into the text (--chat_*)", False)
     dry_run: bool = option("check everything, print the plan, and stop", False)
     resume: bool = option("continue this run where its last state was saved", False)
     overwrite: bool = option("delete an earlier run of the same name first", False)
@@ -36,6 +61,7 @@ class Options:
     eval_only: list[str] | None = option(
         "evaluate these run or SAE folders, train nothing", None, nargs="*", metavar="FOLDER"
     )
+    any_model: bool = option("evaluate SAEs on a model that may not be the one they were trained on", False)
     use_wandb: bool = option("log to Weights & Biases", False)
     hf_repo_id: str | None = option("USER/REPO on the Hub that gets the run folder at the end", None)
     private: bool = option("create that repo as a private one", False)
@@ -55,28 +81,38 @@ class Sweep:
     num_tokens: int = option("activations each SAE is trained on")
     dictionary_widths: list[int] = option("latents of the SAEs")
     learning_rates: list[float] = option("peak learning rates")
-    random_seeds: list[int] = option("seeds of the SAEs' weights; the first also seeds the data")
+    random_seeds: list[int] = option("seeds of the SAEs' weights; the first also seeds the data", least=0)
     target_l0s: list[float] = option("k of the top-k family, target L0 of jump_relu")
     standard_penalties: list[float] = option("L1 penalties of standard and standard_new")
     p_anneal_penalties: list[float] = option("penalties of p_anneal")
     gated_penalties: list[float] = option("L1 penalties of gated")
     # -- schedules, in steps
-    warmup_steps: int = option("linear warm-up of the learning rate")
-    sparsity_warmup_steps: int = option("linear warm-up of the penalties")
+    warmup_steps: int = option("linear warm-up of the learning rate", least=0)
+    sparsity_warmup_steps: int = option("linear warm-up of the penalties", least=0)
     decay_start_fraction: float = option("share of the run after which the learning rate falls to 0")
-    threshold_start_step: int = option("step after which the top-k family records its threshold")
-    anneal_start: int = option("step at which p_anneal begins to lower p")
-    dead_after_tokens: int = option("tokens of silence after which a latent counts as dead")
-    k_anneal_steps: int | None = option("top-k family: fall from the model's width to k over so many steps")
-    resample_steps: int | None = option("standard, p_anneal: revive dead latents this often; no decay for them")
+    threshold_start_step: int = option("step after which the top-k family records its threshold", least=0)
+    anneal_start: int = option("step at which p_anneal begins to lower p", least=0)
+    dead_after_tokens: int = option("tokens of silence after which a latent counts as dead", least=0)
+    k_anneal_steps: int | None = option("top-k family: fall from the model's width to k over so many steps", least=0)
+    resample_steps: int | None = option(
+        "standard, p_anneal: revive dead latents this often; no decay for them", least=0
+    )
     # -- text
     dataset: str = option("Hub id, file or folder, or python-stdlib (default: by model)")
     eval_dataset: str = option("the same for evaluation (default: a held-out part of --dataset)")
-    text_column: str = option("column of the dataset that holds the text")
-    split: str = option("split of both datasets")
+    text_column: str = option("column of the dataset that holds the text; a.b is b inside a")
+    split: str = option("split of the dataset")
     subset: str | None = option("subset (configuration) of a Hub --dataset, as sample-10BT of fineweb")
+    eval_text_column: str | None = option("of --eval_dataset (default: --text_column)")
+    eval_split: str | None = option("of --eval_dataset (default: --split)")
+    eval_subset: str | None = option("of --eval_dataset (default: --subset, where both are the same dataset)")
     epochs: int = option("times the dataset may be read")
+    shuffle: bool = option("read the training text in a seeded order instead of the dataset's own")
+    skip_damaged: bool = option("go on after a damaged file of a dataset, and count it, instead of stopping")
+    mixed_dataset: bool = option("mix conversations into the text")
     chat_dataset: str = option("conversations for --mixed_dataset")
+    chat_split: str = option("of --chat_dataset")
+    chat_subset: str | None = option("of --chat_dataset")
     chat_fraction: float = option("share of the tokens that --mixed_dataset takes from them")
     text_shards: int | None = option(
         "parts of the text that take turns; as many processes can run the language model (default: one for each)"
@@ -84,6 +120,7 @@ class Sweep:
     pack_chats: bool = option("pack chats together instead of one to a context")
     # -- the language model
     context_length: int = option("tokens a context")
+    prepend_bos: bool = option("begin contexts with the tokenizer's bos, or what stands in for it")
     llm_batch_size: int = option("contexts the language model reads at a time")
     dtype: str = option("of the language model", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str | None = option("of the language model: eager, sdpa, flash_attention_2")
@@ -94,13 +131,14 @@ class Sweep:
         "dtype of the SAEs' matmuls (default: bfloat16 on CUDA)", choices=("float32", "bfloat16")
     )
     kernels: str = option("of the SAEs' training steps; triton is for GPUs", choices=("torch", "triton"))
-    mask: bool = option("leave out bos, padding and positions of outlying norm")
+    mask: bool = option("leave out padding, the marks between documents and positions of outlying norm")
+    exclude_special_tokens: bool = option("leave out every special token of the tokenizer, those of chats too")
     max_norm_multiple: float = option("a norm above this many medians is an outlier")
     # -- evaluation, logging, saving
     eval_num_inputs: int = option("contexts of evaluation")
     eval_batch_size: int | None = option("contexts at a time in evaluation (default: llm_batch_size / 4)")
     log_steps: int = option("steps between two lines of metrics.jsonl")
-    backup_steps: int = option("steps between two states that --resume can continue from")
+    backup_steps: int = option("steps between two states that --resume can continue from", least=0)
     backup_minutes: float = option("minutes after which a state is written in any case")
     wandb_project: str = option("W&B project")
     wandb_entity: str | None = option("W&B entity")
@@ -189,8 +227,8 @@ def get_schedule(sweep: Sweep) -> Schedule:
         threshold_beta=1 - 1 / window,
         anneal_start=fit("anneal_start", steps),
         dead_feature_threshold=fit("dead_after_tokens", sweep.num_tokens),
-        k_anneal_steps=sweep.k_anneal_steps,
-        resample_steps=sweep.resample_steps,
+        k_anneal_steps=sweep.k_anneal_steps or None,
+        resample_steps=sweep.resample_steps or None,
         scaled=scaled,
     )
 

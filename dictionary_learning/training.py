@@ -27,7 +27,7 @@ from .world import World
 
 
 class TextEndedError(ValueError):
-    """The activations ran out before the asked number of steps."""
+    """The activations ran out before the asked number of steps; the SAEs are written as they are then."""
 
 
 class Interrupted(Exception):
@@ -250,7 +250,7 @@ class Loop:
             run.config["trainer"]["norm_factor"] = self.norm_factors[run.layer]
 
     def train(self) -> None:
-        """Run to the end and write every SAE.  Raises TextEndedError, Interrupted."""
+        """Run to the end and write every SAE.  Raises Interrupted and, when all is written, TextEndedError."""
         last_backup = time.monotonic()
         for run in self.runs:
             if self.step == 0 and run.metrics_file is not None:
@@ -259,6 +259,7 @@ class Loop:
         bar.total, bar.n = self._total_tokens(), self.tokens
         with signals_noted() as signals, bar:
             asked: Callable[[], list[int]] | None = None
+            x_by_layer: dict[int, Tensor] | None = {}
             while self.step < self.steps:
                 stop, late, alive = (asked or self._ask(signals, last_backup))()
                 if stop:
@@ -275,6 +276,8 @@ class Loop:
                 if self.world.size > 1:  # answered while the step is done, so that no rank waits for it
                     asked = self._ask(signals, last_backup)
                 x_by_layer = self._next_batch()
+                if x_by_layer is None:
+                    break
                 self._update_all(x_by_layer)
                 n_tokens = len(next(iter(x_by_layer.values())))
                 self.step += 1
@@ -283,9 +286,19 @@ class Loop:
                 bar.update(n_tokens)
                 if self.timings is not None and self.step % self.log_steps == 0:
                     bar.set_postfix(self._shares(), refresh=False)
-            if asked is not None and self.step == self.steps:
+            if asked is not None and (self.step == self.steps or x_by_layer is None):
                 asked()
+        ended = x_by_layer is None
+        if ended:
+            self._backup()
+            for run in self.runs:
+                run.config["trainer"]["ended_early"] = {"step": self.step, "tokens": self.tokens}
         self.finish()
+        if ended:
+            raise TextEndedError(
+                f"the text ended after {self.tokens:,} of about {self._total_tokens():,} tokens (step {self.step} of "
+                f"{self.steps}); the SAEs are written as they are."
+            )
 
     def _ask(self, signals: list[str], last_backup: float) -> Callable[[], list[int]]:
         """Of all ranks: the number of a signal or 0, whether a state is late, whether there is an SAE that goes on."""
@@ -305,19 +318,15 @@ class Loop:
         total = sum(seconds.values()) or 1.0
         return {name: f"{100 * value / total:.0f}%" for name, value in seconds.items()}
 
-    def _next_batch(self) -> dict[int, Tensor]:
+    def _next_batch(self) -> dict[int, Tensor] | None:
+        """None where the text has ended."""
         try:
-            return next(self.batches)
+            return next(self.batches, None)
         except ConnectionError as error:
             if self.save_state is None:
                 raise
             self._backup()
             raise Interrupted(f"{error}; saved after step {self.step} of {self.steps}") from error
-        except StopIteration:
-            raise TextEndedError(
-                f"the text ended after {self.tokens:,} of about {self._total_tokens():,} tokens (step {self.step} of "
-                f"{self.steps}): give more text, ask for fewer with --num_tokens, or read it again with --epochs."
-            ) from None
 
     def _update_all(self, x_by_layer: dict[int, Tensor]) -> None:
         normalised: dict[int, Tensor] = {}

@@ -1,0 +1,320 @@
+"""What SAEs measure: the settings under which each is evaluated, where its numbers are written, and the table of all.
+
+An SAE of a run is evaluated as its run.json says, any other as its config says, unless the user says otherwise.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+
+from .dictionary import Dictionary
+from .evaluation import evaluate_saes
+from .files import read_json, write_atomic, write_json
+from .formats import find_saes, load_dictionary
+from .model import LanguageModel, model_identity
+from .reading import Reading
+from .sweep import EVALUATION_SETTINGS, Architecture
+from .world import World
+
+RESULTS = "eval_results.json"
+L0_GAP = 0.25  # between measured and stated L0, above which something is probably wrong
+
+
+class Named(NamedTuple):
+    """An SAE to be evaluated."""
+
+    name: str  # what `load_dictionary` takes
+    folder: Path  # that gets its results
+    recorded: Mapping[str, Any]  # the settings of its run; empty where it has none
+
+
+def find_named(name: str, save_dir: Path) -> list[Named]:
+    """The SAEs that a folder, a file or a name on the Hub stands for; ValueError for a folder without any.
+
+    The results of one that is no local folder go below `save_dir`.
+    """
+    if not Path(name).is_dir():
+        return [Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), {})]
+    found = find_saes(name)
+    if not found:
+        raise ValueError(f"there is no SAE in {name}.")
+    return [Named(str(folder), folder, run_settings(folder)) for folder in found]
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the run.json of an SAE's run; {} where there is none."""
+    places = [path / "run.json" for path in (folder.absolute(), *folder.absolute().parents[:2])]
+    return next((read_json(place).get("settings", {}) for place in places if place.is_file()), {})
+
+
+@dataclass
+class Subject:
+    """A loaded SAE, with what it is evaluated on."""
+
+    named: Named
+    ae: Dictionary
+    config: dict[str, Any]
+    reading: Reading
+
+    @property
+    def layer(self) -> int:
+        return int(self.config["trainer"]["layer"])
+
+    def results_file(self) -> tuple[Path, list[str]]:
+        """Where its results go, and how the settings differ from those of the results that stand beside.
+
+        `eval_results.json` holds the results under the run's own settings, or the first ones of an SAE without a run.
+        """
+        path, now = self.named.folder / RESULTS, self.reading.evaluation_settings()
+        before = {name: value for name, value in self.named.recorded.items() if name in EVALUATION_SETTINGS}
+        if not before and path.is_file():
+            before = read_json(path).get("hyperparameters", {}).get("settings", {})
+        differing = {name: (before[name], now[name]) for name in before if before[name] != now[name]}
+        if not differing:
+            return path, []
+        digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:8]
+        return path.with_name(f"eval_results_{digest}.json"), [
+            f"{name} {was} -> {value}" for name, (was, value) in differing.items()
+        ]
+
+
+@dataclass
+class Measured:
+    """The results of one SAE, as the table shows them."""
+
+    name: str
+    trainer: dict[str, Any]
+    stated: dict[str, float]
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    notes: list[str] = field(default_factory=list)  # for the user, beside errors and warnings
+
+
+def evaluate(
+    saes: Sequence[Named],
+    reading_of: Callable[[Mapping[str, Any]], Reading],
+    architectures: Mapping[str, Architecture],
+    world: World,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate SAEs, write what comes out into their folders and print one table; returns the results by name.
+
+    reading_of: from what the run or the config of an SAE says to what it is evaluated on. SAEs for which that is the
+        same are evaluated together.
+    Every rank takes a share of the SAEs. What stops one is told, and stops no other; ValueError where none is left.
+    """
+    share = saes[len(saes) * world.rank // world.size : len(saes) * (world.rank + 1) // world.size]
+    groups: dict[str, list[Subject]] = {}
+    failures: dict[str, str] = {}
+    for named in share:
+        try:
+            subject = load(named, reading_of)
+            groups.setdefault(json.dumps(subject.reading.evaluation_settings()), []).append(subject)
+        except (ValueError, OSError) as error:
+            failures[named.name] = str(error)
+    measured: list[Measured] = []
+    lm, opened = None, ""
+    for subjects in sorted(groups.values(), key=lambda subjects: _model_of(subjects[0].reading)):
+        reading = subjects[0].reading
+        try:
+            if lm is None or opened != _model_of(reading):
+                lm, opened = reading.open_model(), _model_of(reading)
+            measured += measure(lm, subjects)
+        except (ValueError, OSError) as error:
+            failures |= {subject.named.name: str(error) for subject in subjects}
+    for name, sentence in failures.items():
+        print(f"not evaluated: {name}: {sentence}", file=sys.stderr)
+    shares = world.gather((measured, failures))
+    measured = [one for part, _ in shares for one in part]
+    if not measured:
+        reasons = list(dict.fromkeys(sentence for _, told in shares for sentence in told.values()))
+        raise ValueError(f"no SAE could be evaluated: {reasons[0] if reasons else 'there is none'}")
+    if world.rank == 0:
+        print("\n".join(table(measured, architectures)))
+        for one in measured:
+            said = [f"{kind}: {one.results[kind]}" for kind in ("error", "warning") if kind in one.results]
+            for sentence in [*said, *one.notes]:
+                print(f"{one.name}: {sentence}", file=sys.stderr)
+    return {one.name: one.results for one in measured}
+
+
+def _model_of(reading: Reading) -> str:
+    sweep, options = reading.sweep, reading.options
+    return json.dumps([options.model_name, options.revision, sweep.dtype, sweep.attn_implementation])
+
+
+def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Subject:
+    """The SAE with what it is evaluated on; ValueError where it cannot be."""
+    ae, config = load_dictionary(named.name)
+    trainer = config["trainer"]
+    reading = reading_of(named.recorded or said_by(config))
+    if trainer.get("layer") is None or trainer.get("site", "resid_post") != "resid_post":
+        place = trainer.get("submodule_name") or "a place that its config does not name"
+        raise ValueError(f"it reads {place}, and only SAEs of block outputs can be evaluated.")
+    subject = Subject(named, ae, config, reading)
+    check_model(trainer, reading)
+    return subject
+
+
+def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of an SAE says of the settings that it was trained in, by the names of our own."""
+    trainer, buffer, source = (config.get(part) or {} for part in ("trainer", "buffer", "source"))
+    if not trainer.get("lm_name"):
+        return {}
+    said = {
+        "model_name": trainer["lm_name"],
+        "revision": trainer.get("lm_revision"),
+        "context_length": buffer.get("ctx_len"),
+        "mask": buffer.get("mask"),
+        "prepend_bos": source.get("prepend_bos"),
+        "exclude_special_tokens": source.get("exclude_special_tokens"),
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:
+    """ValueError where the SAE was trained on another language model, as far as one can know, and it is not allowed."""
+    options, trained_on = reading.options, trainer.get("lm_name")
+    if options.any_model:
+        return
+    if not trained_on:
+        raise ValueError("it does not say which language model it was trained on: give --model_name and --any_model.")
+    identity = trainer.get("lm_identity")
+    if identity is None:
+        same = options.model_name == trained_on or _same_path(options.model_name, trained_on)
+    else:
+        same = same_model(identity, model_identity(options.model_name, options.revision))
+    if not same:
+        revision = f" --revision {identity['commit']}" if identity and "commit" in identity else ""
+        raise ValueError(
+            f"it was trained on {trained_on}, which {options.model_name} is not known to be: give --model_name "
+            f"{trained_on}{revision}, or --any_model to evaluate it on another model."
+        )
+
+
+def _same_path(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities (`model.model_identity`) are those of one model: the same commit, or the same content."""
+    keys = ("id", "commit") if "commit" in one and "commit" in other else ("config", "weights")
+    return all(key in one and one[key] == other.get(key) for key in keys)
+
+
+def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
+    """Evaluate SAEs on the one text of their reading, and write the results into their folders."""
+    reading = subjects[0].reading
+    sweep, settings = reading.sweep, reading.evaluation_settings()
+    evaluations = evaluate_saes(
+        lm,
+        [(subject.named.name, subject.ae, subject.layer) for subject in subjects],
+        evaluation_batches(reading, lm),
+        mask=sweep.mask,
+        norm_bounds={subject.layer: bound for subject in subjects if (bound := norm_bound(subject.config))},
+        hyperparameters={"dataset": sweep.eval_dataset, "held_out": reading.held_out, "settings": settings},
+        show_progress=reading.world.rank == 0,
+    )
+    measured = []
+    for subject in subjects:
+        evaluation = evaluations[subject.named.name]
+        path, differing = subject.results_file()
+        one = Measured(
+            subject.named.name,
+            subject.config["trainer"],
+            (subject.config.get("source") or {}).get("stated", {}),
+            settings,
+            evaluation.results,
+        )
+        if differing:
+            one.notes.append(f"other settings than those of {RESULTS} ({'; '.join(differing)}): see {path}")
+        one.notes += far_from_stated(one)
+        write_json(path, evaluation.results)
+        if evaluation.density_F is not None and path.name == RESULTS:
+            density = {"density": evaluation.density_F.float().contiguous()}
+            write_atomic(path.with_name("density.safetensors"), lambda tmp, density=density: save_file(density, tmp))
+        measured.append(one)
+    return measured
+
+
+def norm_bound(config: Mapping[str, Any]) -> float | None:
+    """The norm above which the SAE was not trained on a position."""
+    buffer = config.get("buffer") or {}
+    return buffer["median_norm"] * buffer["max_norm_multiple"] if buffer.get("median_norm") else None
+
+
+def evaluation_batches(reading: Reading, lm: LanguageModel) -> list[Any]:
+    """The first contexts of the evaluation text, as many as are asked for."""
+    text, n_left, batches = reading.open_text(lm.tokenizer, evaluation=True), reading.sweep.eval_num_inputs, []
+    for batch in text:
+        batches.append(tuple(tensor[:n_left] for tensor in batch))
+        n_left -= len(batches[-1][0])
+        if n_left <= 0:
+            break
+    text.close()
+    if not batches:
+        raise ValueError(f"{reading.sweep.eval_dataset} has no text for evaluation: give another --eval_dataset.")
+    return batches
+
+
+def far_from_stated(one: Measured) -> list[str]:
+    """A sentence where the L0 is far from what the SAE's publisher states."""
+    stated, l0 = one.stated.get("l0"), one.results.get("l0")
+    if not stated or l0 is None or abs(l0 / stated - 1) <= L0_GAP:
+        return []
+    return [
+        f"its L0 is {l0:.4g} here and {stated:.4g} as published: look at the bos (--prepend_bos), the scale and dtype "
+        "of the activations, and the layer"
+    ]
+
+
+COLUMNS = {  # key of the results: heading
+    "l0": "L0",
+    "frac_recovered": "loss recovered",
+    "frac_variance_explained": "variance explained",
+    "frac_alive": "alive",
+}
+
+
+def table(measured: Sequence[Measured], architectures: Mapping[str, Architecture]) -> list[str]:
+    """The lines of the table. What is the same for all SAEs and goes without saying has no column."""
+    names = {row.trainer: name for name, row in architectures.items()}
+    rows: list[dict[str, str]] = []
+    for one in measured:
+        trainer = one.trainer
+        architecture = str(names.get(str(trainer.get("trainer_class")), trainer.get("trainer_class")))
+        varies = architectures[architecture].varies if architecture in architectures else "k"
+        rows.append(
+            {
+                "SAE": one.name,
+                "layer": str(trainer["layer"]),
+                "architecture": architecture,
+                "width": str(trainer["dict_size"]),
+                "setting": f"{varies} {trainer[varies]}" if varies in trainer else "",
+                "seed": str(trainer.get("seed", "")),
+                "lr": str(trainer.get("lr", "")),
+                "model": one.settings["model_name"],
+                "text": one.settings["eval_dataset"],
+                "context": str(one.settings["context_length"]),
+                "bos": "yes" if one.settings["prepend_bos"] else "no",
+                "mask": "yes" if one.settings["mask"] else "no",
+                **{heading: _number(one.results.get(key)) for key, heading in COLUMNS.items()},
+                "stated L0": _number(one.stated.get("l0")),
+                "ended early": "yes" if trainer.get("ended_early") else "",
+            }
+        )
+    runs = {Path(one.name).parent.parent for one in measured}  # SAEs of one run need no names
+    always = {"layer", "architecture", "width", "setting", *COLUMNS.values()} | ({"SAE"} if len(runs) > 1 else set())
+    shown = [name for name in rows[0] if name in always or (name != "SAE" and len({row[name] for row in rows}) > 1)]
+    lines = [shown, *([row[name] for name in shown] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
