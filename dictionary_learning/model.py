@@ -302,9 +302,7 @@ class LanguageModel:
     def _inputs(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[str, Any]:
         highest = int(tokens_BL.max())
         if highest >= self._n_embeddings:
-            what = (
-                f"the text has the token id {highest}, and the embedding of {self.name} only {self._n_embeddings} rows"
-            )
+            what = f"the text has the token id {highest}, but {self.name} embeds only {self._n_embeddings}"
             raise ValueError(f"{what}: take the tokenizer (and chat template) that the model was trained with")
         tokens_BL, mask_BL = tokens_BL.to(self.device), mask_BL.to(self.device, torch.long)
         return {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
