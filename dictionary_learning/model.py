@@ -1,21 +1,33 @@
 """Any causal language model of transformers: load it, cut it short, read its residual stream and write into it.
 
 B texts, L positions, V vocabulary, D activation_dim. A layer's activations are the output of its block, the residual
-stream after it. Layers are found by what they are (the decoder's list of `num_hidden_layers` blocks), never by
-the model's name.
+stream after it. Layers are found by what they are (the decoder's list of blocks), never by the model's name, and one
+short pass on loading makes sure of what reading and writing them takes for granted.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-BUILT_IN = {"tiny-python": Path(__file__).parent / "assets" / "tiny-python"}
+from .pretrained import BUILT_IN as BUILT_IN
+from .pretrained import Pretrained, one_sentence
+from .pretrained import model_identity as model_identity
+from .tokenizer import as_ids, check_token_ids, text_marks, tokenizer_of
+from .tokenizer import generation_eos_ids as generation_eos_ids
+from .tokenizer import load_tokenizer as load_tokenizer
+
+# what configs call the number of positions that a model has
+CONTEXT_LIMITS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+)
 
 
 def resolve_device(name: str | None = None) -> torch.device:
@@ -32,68 +44,56 @@ def resolve_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
-@contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
-    """What transformers and the Hub raise about a model, as one ValueError that says what to do."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        cause, page = error.__cause__, f"https://huggingface.co/{name}"
-        if isinstance(cause, errors.GatedRepoError):
-            why = f"it is gated: accept its licence at {page}, then run `hf auth login`"
-        elif isinstance(cause, errors.RepositoryNotFoundError | errors.HFValidationError):
-            why = "it is neither a folder here nor a model on the Hub (if it is private, run `hf auth login`)"
-        elif isinstance(cause, errors.RevisionNotFoundError):
-            why = f"it has no such revision, see {page}"
-        elif isinstance(error, ConnectionError) or isinstance(cause, errors.LocalEntryNotFoundError | ConnectionError):
-            why = "the Hub cannot be reached, and the model is neither in the local cache nor a folder here"
-        elif "trust_remote_code" in str(error):
-            why = "it runs code of its own: read that first, then pass trust_remote_code to allow it"
-        else:
-            why = " ".join(re.split(r"(?<=\.)\s+", str(error))[:2])
-        raise ValueError(f"cannot load {name!r}: {why.rstrip('.')}") from error
-
-
-def _source(name: str) -> str:
-    return str(BUILT_IN.get(name, name))
-
-
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a Hub id, a local folder or the built-in model. ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    with _one_sentence(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(name), revision=revision, trust_remote_code=trust_remote_code)
-    if set(tokenizer("text").input_ids) <= set(tokenizer.all_special_ids):  # made from the config, with no vocabulary
-        raise ValueError(f"cannot load {name!r}: it has no tokenizer")
-    return tokenizer
-
-
-def _skeleton(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _skeleton(model: Pretrained) -> Any:
     """The whole model on the meta device: every module, no memory and no download but the config's."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import meta_device_safe_creation_ops
 
-    with _one_sentence(name):
-        config = AutoConfig.from_pretrained(_source(name), revision=revision, trust_remote_code=trust_remote_code)
+    model.check_kind()
+    with model.one_sentence():
+        config = AutoConfig.from_pretrained(model.source, **model.options)
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
-        raise ValueError(f"{name!r} is of type {config.model_type}, which is no causal language model of transformers")
-    with _one_sentence(name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        what = f"is of type {config.model_type}, which is no causal language model of transformers"
+        raise ValueError(f"{model.name!r} {what}")
+    with model.one_sentence(), torch.device("meta"), meta_device_safe_creation_ops():
+        trust = model.options["trust_remote_code"]
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def _decoder(model: Any) -> Any:
+    """The part of the model that has the blocks. What some models call their decoder is the output layer."""
+    decoder = model.get_decoder()
+    return decoder if any(isinstance(module, nn.ModuleList) for module in decoder.modules()) else model.base_model
+
+
+def _path(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, candidate in model.named_modules() if candidate is module)
 
 
 def _layers_path(model: Any, name: str) -> str:
-    """Where the blocks are in the model, as a module path: the decoder's shallowest list of `num_hidden_layers`."""
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()
-    lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    inside = {path for path, m in model.named_modules() if any(m is inner for inner in decoder.modules())}
-    found = [path for path, length in lists.items() if length == n_layers and path in inside]
-    if not found:
-        have = ", ".join(f"{path} ({length})" for path, length in lists.items()) or "none"
-        raise ValueError(f"found no list of {n_layers} layers in {name!r}; its module lists are: {have}")
-    return min(found, key=lambda path: path.count("."))
+    """Where the blocks are in the model, as a module path: the shallowest module list of the decoder, the largest
+    where there are several."""
+    lists = [m for m in _decoder(model).modules() if isinstance(m, nn.ModuleList) and len(m)]
+    paths = {_path(model, m): sum(p.numel() for p in m.parameters()) for m in lists}
+    if not paths:
+        raise ValueError(f"found no list of layers in {name!r}: its decoder has no module list")
+    return min(paths, key=lambda path: (path.count("."), -paths[path]))
+
+
+def _n_embeddings(model: Any) -> int:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return model.config.get_text_config(decoder=True).vocab_size if weight is None else len(weight)
+
+
+def _context_limit(model: Any) -> int | None:
+    """The most positions that a context may have; None where neither config nor position embeddings name a limit."""
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, name, None) for name in CONTEXT_LIMITS]
+    for path, module in _decoder(model).named_modules():
+        # RoBERTa's positions begin after the one of padding, and rows for them are counted in the config's limit
+        if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _check_layer(layer: int, n_layers: int, name: str) -> None:
@@ -112,7 +112,7 @@ def _cut(model: Any, layers_path: str, last_layer: int) -> None:
     setattr(model.get_submodule(parent), attribute, layers[: last_layer + 1])
 
     tied = [key for pair in model.all_tied_weights_keys.items() for key in pair]
-    decoder_path = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    decoder_path = _path(model, _decoder(model))
     module, path = model, ""
     for part in decoder_path.split(".") if decoder_path else []:
         for child in [child for child, _ in module.named_children() if child != part]:
@@ -159,19 +159,17 @@ def model_shape(
 
     Raises ValueError as `load_model` does; downloads the config alone.
     """
-    model = _skeleton(name, revision, trust_remote_code)
-    config = model.config.get_text_config(decoder=True)
-    path = _layers_path(model, name)
+    model = _skeleton(Pretrained(name, revision, trust_remote_code))
+    with one_sentence(name):
+        config = model.config.get_text_config(decoder=True)
+        sizes = {"activation_dim": config.hidden_size, "vocab_size": config.vocab_size}
+    path, limit = _layers_path(model, name), _context_limit(model)
+    n_layers = len(model.get_submodule(path))
     if last_layer is not None:
-        _check_layer(last_layer, config.num_hidden_layers, name)
+        _check_layer(last_layer, n_layers, name)
         _cut(model, path, last_layer)
-    return ModelShape(
-        n_layers=config.num_hidden_layers,
-        activation_dim=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context_limit=getattr(config, "max_position_embeddings", None),
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(n_layers=n_layers, context_limit=limit, n_parameters=n_parameters, **sizes)
 
 
 def load_model(
@@ -190,32 +188,64 @@ def load_model(
     last_layer: with k, only what layers 0 to k need takes memory (no later block, no unembedding), so `activations`
         is all the model can do; None loads everything.
     Raises ValueError for a model that is not there or not open to the user, that is no causal LM, whose layers are
-    not found, that has no such layer, or whose files lack weights.
+    not found, that has no such layer, whose blocks do not hand on one residual stream, whose files lack weights or
+    have some of other sizes, or whose tokenizer has more tokens than it.
     """
-    skeleton = _skeleton(name, revision, trust_remote_code)
+    origin = Pretrained(name, revision, trust_remote_code)
+    skeleton = _skeleton(origin)
     path, model_class = _layers_path(skeleton, name), type(skeleton)
+    n_layers = len(skeleton.get_submodule(path))
     if last_layer is not None:
-        _check_layer(last_layer, skeleton.config.get_text_config(decoder=True).num_hidden_layers, name)
+        _check_layer(last_layer, n_layers, name)
         model_class = _truncated(model_class, path, last_layer)
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    tokenizer = tokenizer_of(origin)
+    check_token_ids(tokenizer, _n_embeddings(skeleton), name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with _one_sentence(name):
+    with origin.one_sentence():
         model, info = model_class.from_pretrained(
-            _source(name),
+            origin.source,
             dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, in one sentence
+            **origin.options,
             **options,
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if info["mismatched_keys"]:
+        key, found, wanted = sorted(info["mismatched_keys"])[0]
+        sizes = f"{list(found)} where the config says {list(wanted)}"
+        raise ValueError(f"the files of {name!r} do not fit its config.json: {key} is {sizes}")
+    with _entered() as entered:
+        lm = LanguageModel(
+            model.to(device), tokenizer, name, layers_path=path, last_layer=last_layer, n_layers=n_layers
+        )
+    missing = sorted(info["missing_keys"])
+    if last_layer is not None:  # files of a base model lack what is beside or above the blocks
+        blocks = set(lm.layers.modules())
+        owners = {key: model.get_submodule(key.rpartition(".")[0]) for key in missing}
+        missing = [key for key, owner in owners.items() if owner in entered or owner in blocks]
+    if missing:
         raise ValueError(f"the files of {name!r} lack {len(missing)} weights of the model, such as {missing[0]}")
-    return LanguageModel(model.to(device), tokenizer, name, layers_path=path, last_layer=last_layer)
+    return lm
+
+
+@contextmanager
+def _entered() -> Iterator[set[nn.Module]]:
+    """The modules that run within this."""
+    modules: set[nn.Module] = set()
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _args: modules.add(module))
+    try:
+        yield modules
+    finally:
+        hook.remove()
 
 
 class _Stop(Exception):
     """Ends a forward pass at the deepest layer that was asked for."""
+
+
+def _stream(output: Any) -> Any:
+    """The residual stream of a block's output, which is that or has it in front."""
+    return output[0] if isinstance(output, tuple | list) and len(output) else output
 
 
 def _with_stream(output: Any, x_BLD: Tensor) -> Any:
@@ -223,30 +253,43 @@ def _with_stream(output: Any, x_BLD: Tensor) -> Any:
     return type(output)((x_BLD, *output[1:])) if isinstance(output, tuple | list) else x_BLD
 
 
+def _is(value: Any, x_BLD: Tensor) -> bool:
+    return value is x_BLD or (
+        isinstance(value, Tensor) and value.shape == x_BLD.shape and torch.equal(value.to(x_BLD.dtype), x_BLD)
+    )
+
+
 class LanguageModel:
     """A causal LM whose layers can be read and overwritten. Nothing here builds a graph for autograd.
 
     tokens_BL are token ids, mask_BL is true where there is text; both may be on any device. Results are on the model's.
+
+    Raises ValueError for a model whose blocks do not each return one residual stream (B, L, D) and hand it on to the
+    next, or in which a later token changes what comes before it.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, *, layers_path: str | None = None, last_layer: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        layers_path: str | None = None,
+        last_layer: int | None = None,
+        n_layers: int | None = None,
     ):
-        config = model.config.get_text_config(decoder=True)
         self.model, self.tokenizer, self.name, self.last_layer = model.eval(), tokenizer, name, last_layer
         self.layers: nn.ModuleList = model.get_submodule(layers_path or _layers_path(model, name))
-        self.n_layers: int = config.num_hidden_layers
-        self.activation_dim: int = config.hidden_size
-        # upper blocks that read keys and values of lower ones (gemma-3n, gemma-4) need those to run
-        self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
-
-        eos = tokenizer.eos_token_id
-        bos_id = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        pad_id = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if bos_id is None or pad_id is None:
-            raise ValueError(f"the tokenizer of {name!r} has no eos token to begin, join and pad texts with")
-        self.bos_id: int = bos_id
-        self.pad_id: int = pad_id
+        self.n_layers: int = n_layers or len(self.layers)
+        eos_ids = as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        self.bos_id, self.separator_id, self.pad_id = text_marks(tokenizer, eos_ids)
+        self._n_embeddings = _n_embeddings(model)
+        # of a cut model there is no more than the decoder
+        self._forward = model if last_layer is None else _decoder(model)
+        self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
+        with one_sentence(name):
+            self._outputs = self._probe()  # what each block returns; of those that text does not run, nothing
+        self.activation_dim: int = _stream(next(iter(self._outputs.values()))).shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -257,23 +300,100 @@ class LanguageModel:
         return self.model.dtype
 
     def _inputs(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[str, Any]:
+        highest = int(tokens_BL.max())
+        if highest >= self._n_embeddings:
+            what = f"the text has the token id {highest}, but {self.name} embeds only {self._n_embeddings}"
+            raise ValueError(f"{what}: take the tokenizer (and chat template) that the model was trained with")
         tokens_BL, mask_BL = tokens_BL.to(self.device), mask_BL.to(self.device, torch.long)
         return {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+
+    def _ordinary_tokens(self, n_texts: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+        """(tokens_BL, mask_BL) of texts without special tokens."""
+        config = self.model.config.get_text_config(decoder=True)
+        special = {i for key, value in vars(config).items() if key.endswith("token_id") for i in as_ids(value)}
+        special |= {self.bos_id, self.separator_id, self.pad_id, *getattr(self.tokenizer, "all_special_ids", ())}
+        ids = torch.tensor([i for i in range(self._n_embeddings) if i not in special])
+        generator = torch.Generator().manual_seed(seed)
+        tokens_BL = ids[torch.randint(len(ids), (n_texts, length), generator=generator)]
+        return tokens_BL, torch.ones_like(tokens_BL)
+
+    @torch.no_grad()
+    def _probe(self) -> dict[int, Any]:
+        """{layer: what its block returns} for two texts that differ in their last token alone.
+
+        Raises ValueError where that is not what reading and overwriting the residual stream takes.
+        """
+        tokens_BL, mask_BL = self._ordinary_tokens(2, 3, seed=0)
+        tokens_BL[1, :2] = tokens_BL[0, :2]
+        if tokens_BL[0, 2] == tokens_BL[1, 2]:
+            tokens_BL[1, 2] = tokens_BL[0, 0]
+        outputs: dict[int, Any] = {}
+
+        def enter(layer: int):
+            def check(_block, args, kwargs) -> None:
+                before = max(outputs, default=-1)
+                if layer <= before:
+                    raise ValueError(
+                        f"its blocks do not run once and in order, layer {layer} runs after layer {before}"
+                    )
+                given = (*args, *kwargs.values())
+                if outputs and not any(_is(value, _stream(outputs[before])) for value in given):
+                    raise ValueError(f"its layer {layer} does not read what layer {before} returns")
+
+            return check
+
+        def leave(layer: int):
+            def keep(_block, _args, output) -> None:
+                x = _stream(output)
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"its layer {layer} returns no residual stream but a {type(output).__name__}")
+                dim = _stream(outputs[max(outputs)]).shape[-1] if outputs else x.shape[-1]
+                if x.shape != (2, 3, dim) or not x.is_floating_point():
+                    shape = list(x.shape)
+                    raise ValueError(
+                        f"its layer {layer} returns no single residual stream: {shape} for 2 texts of 3 tokens"
+                    )
+                outputs[layer] = output
+                if layer == self.last_layer:
+                    raise _Stop
+
+            return keep
+
+        with ExitStack() as stack, suppress(_Stop):
+            for layer, block in enumerate(self.layers):
+                stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(leave(layer)).remove)
+            logits_BLV = self._forward(**self._inputs(tokens_BL, mask_BL)).logits
+            if logits_BLV.shape[:2] != (2, 3):
+                raise ValueError(f"its logits are {list(logits_BLV.shape)} for 2 texts of 3 tokens")
+        if not outputs:
+            raise ValueError("text runs none of its layers")
+        for layer, output in outputs.items():
+            x_BLD = _stream(output)[:, :2].float()
+            changed = (x_BLD[0] - x_BLD[1]).norm(dim=-1) / x_BLD[0].norm(dim=-1)
+            if changed.max() > max(1e-5, 4 * torch.finfo(self.dtype).eps):
+                what = f"a token changes what layer {layer} computes for the tokens before it"
+                advice = "if it was trained as a decoder, set is_decoder to true in its config.json"
+                raise ValueError(f"it is no causal language model: {what} ({advice})")
+        return outputs
+
+    def _check_layers(self, layers: Iterable[int]) -> None:
+        for layer in layers:
+            _check_layer(layer, self.n_layers, self.name)
+            assert self.last_layer is None or layer <= self.last_layer, "the model was loaded without this layer"
+            if layer not in self._outputs:
+                raise ValueError(f"text does not run layer {layer} of {self.name}, only layers {sorted(self._outputs)}")
 
     @contextmanager
     def _captured(self, layers: Iterable[int], stop: bool = False) -> Iterator[dict[int, Tensor]]:
         """Collects each layer's activations while the model runs; with stop, ends the run after the deepest."""
         layers = sorted(set(layers))
-        for layer in layers:
-            _check_layer(layer, self.n_layers, self.name)
+        self._check_layers(layers)
         x_by_layer: dict[int, Tensor] = {}
 
         def hook(layer: int):
             def keep(_block, _args, output) -> None:
-                x = output[0] if isinstance(output, tuple | list) else output
-                if x.ndim != 3 or x.shape[-1] != self.activation_dim:
-                    raise ValueError(f"layer {layer} of {self.name} has no single residual stream: {list(x.shape)}")
-                x_by_layer[layer] = x
+                x_by_layer[layer] = _stream(output)
                 if stop and layer == layers[-1]:
                     raise _Stop
 
@@ -288,7 +408,7 @@ class LanguageModel:
     def activations(self, tokens_BL: Tensor, mask_BL: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
         """{layer: x_BLD}, the residual stream after each asked block, from one pass that ends at the deepest."""
         with self._captured(layers, stop=True) as x_by_layer, suppress(_Stop):
-            self.model.get_decoder()(**self._inputs(tokens_BL, mask_BL))
+            self._forward(**self._inputs(tokens_BL, mask_BL))
         return x_by_layer
 
     @torch.no_grad()
@@ -299,36 +419,45 @@ class LanguageModel:
             logits_BLV = self.model(**self._inputs(tokens_BL, mask_BL)).logits
         return logits_BLV, x_by_layer
 
-    @cached_property
-    def _outputs(self) -> list[Any]:
-        """What each block returns for one token: the containers that stand-ins for the blocks have to return."""
-        outputs: list[Any] = []
-        token_BL = torch.zeros(1, 1, dtype=torch.long)
-        with ExitStack() as stack:
-            for block in self.layers:
-                hook = block.register_forward_hook(lambda _block, _args, output: outputs.append(output))
-                stack.callback(hook.remove)
-            self.model.get_decoder()(**self._inputs(token_BL, torch.ones_like(token_BL)))
-        return outputs
-
     @torch.no_grad()
     def run_from(self, layer: int, x_BLD: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """logits_BLV of the whole model, the output of block `layer` being x_BLD (cast to the model's dtype).
+        """logits_BLV of the whole model, the output of block `layer` being x_BLD (cast to that block's dtype).
 
-        The model's own code runs, so masks, positions, norm and unembedding are its own; only the blocks up to
-        `layer` are replaced for the call, by ones that do nothing.
+        The model's own code runs, so masks, positions, norm and unembedding are its own. Where nothing but x_BLD
+        reaches the upper blocks from the lower ones, those are replaced for the call by ones that do nothing.
         """
         assert self.last_layer is None, "the model was loaded without its upper layers"
-        _check_layer(layer, self.n_layers, self.name)
-        x_BLD = x_BLD.to(self.device, self.dtype)
+        self._check_layers([layer])
+        if layer not in self._stand_ins:
+            self._stand_ins[layer] = self._tried_stand_ins(layer)
+        return self._spliced(layer, x_BLD, self._inputs(tokens_BL, mask_BL), self._stand_ins[layer])
+
+    def _spliced(self, layer: int, x_BLD: Tensor, inputs: dict[str, Any], stand_ins: list[Any]) -> Tensor:
+        """The logits with x_BLD after block `layer`. Lower blocks run where there are no stand-ins for them."""
+        x_BLD = x_BLD.to(self.device, _stream(self._outputs[layer]).dtype)
         with ExitStack() as stack:
-            if self._shares_keys:
+            if stand_ins:
+                for block, output in zip(self.layers, stand_ins, strict=False):
+                    stack.enter_context(_returning(block, _with_stream(output, x_BLD)))
+            else:
                 hook = self.layers[layer].register_forward_hook(lambda _b, _a, output: _with_stream(output, x_BLD))
                 stack.callback(hook.remove)
-            else:
-                for block, output in zip(self.layers[: layer + 1], self._outputs, strict=False):
-                    stack.enter_context(_returning(block, _with_stream(output, x_BLD)))
-            return self.model(**self._inputs(tokens_BL, mask_BL)).logits
+            return self.model(**inputs).logits
+
+    def _tried_stand_ins(self, layer: int) -> list[Any]:
+        """What the blocks up to `layer` may return instead of running, or nothing: upper blocks that read more of the
+        lower ones than the residual stream, such as their keys and values, need those to run.
+
+        One trial decides, on other tokens and another length than those of the stand-ins.
+        """
+        stand_ins = [self._outputs.get(i) for i in range(layer + 1)]
+        inputs = self._inputs(*self._ordinary_tokens(2, 4, seed=1))
+        x_BLD = torch.randn(2, 4, self.activation_dim, generator=torch.Generator().manual_seed(2))
+        try:
+            logits_BLV = self._spliced(layer, x_BLD, inputs, stand_ins)
+        except Exception:  # whatever the model's code does without what the lower blocks leave behind
+            return []
+        return stand_ins if torch.equal(logits_BLV, self._spliced(layer, x_BLD, inputs, [])) else []
 
 
 @contextmanager

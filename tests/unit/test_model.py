@@ -12,12 +12,12 @@ from torch import nn
 
 from dictionary_learning.model import (
     LanguageModel,
-    _one_sentence,
     load_model,
     load_tokenizer,
     model_shape,
     resolve_device,
 )
+from dictionary_learning.pretrained import one_sentence
 
 N_LAYERS, D, V = 4, 16, 257
 SIZES = dict(
@@ -163,10 +163,14 @@ class Model(nn.Module):
         super().__init__()
         text_config = SimpleNamespace(num_hidden_layers=3, hidden_size=D)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text_config)
+        self.n_blocks = n_blocks
         self.embed, self.blocks = nn.Embedding(V, D), nn.ModuleList(Block(container) for _ in range(n_blocks))
 
     def get_decoder(self):
         return self
+
+    def get_input_embeddings(self):
+        return self.embed
 
     def forward(self, input_ids, **_):
         x_BLD = self.embed(input_ids)
@@ -320,11 +324,11 @@ def test_weights_that_are_missing_are_an_error_where_they_are_needed(
         ("LocalEntryNotFoundError", "the Hub cannot be reached"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_one_sentence(cause, message):
+def test_what_the_hub_refuses_is_said_inone_sentence(cause, message):
     from huggingface_hub import errors
 
     error_class = getattr(errors, cause)
-    with pytest.raises(ValueError, match=message), _one_sentence("a/b"):
+    with pytest.raises(ValueError, match=message), one_sentence("a/b"):
         raise OSError("a long story\nof many lines") from error_class.__new__(error_class)
 
 

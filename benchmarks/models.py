@@ -1,0 +1,285 @@
+"""Every type of AutoModelForCausalLM, tiny and random: read and overwritten exactly, or refused in one sentence.
+
+    python benchmarks/models.py [TYPE ...] [--jobs 2]
+
+Prints a line for each type and variant. Exact means: activations are those of a plain forward hook, a truncated load
+has the whole model's, running on from a layer is running the model with that block's output replaced, a later token
+changes nothing before it, the context limit can be run at, all this in bf16 too. "wrong" is anything else but a
+ValueError.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+D, V, N_LAYERS, LIMIT = 32, 288, 4, 48
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ["hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "attention_hidden_size"], D
+    ),
+    **dict.fromkeys(["word_embed_proj_dim", "dim_model", "embedding_dim", "lru_width", "projection_dim"], D),
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "n_words"], V),
+    **dict.fromkeys(
+        ["num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_blocks"], N_LAYERS
+    ),
+    **dict.fromkeys(["num_decoder_layers"], N_LAYERS),
+    **dict.fromkeys(["encoder_layers", "num_encoder_layers"], 2),  # uneven: the decoder's own count is what counts
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"], 4),
+    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"], 4),
+    **dict.fromkeys(["num_decoder_attention_heads", "mamba_num_heads", "linear_num_value_heads"], 4),
+    **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "n_kv_heads", "linear_num_key_heads"], 2),
+    **dict.fromkeys(["head_dim", "attention_head_dim", "global_head_dim", "swa_head_dim", "dim_head"], 8),
+    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim", "v_head_dim", "qk_nope_head_dim"], 8),
+    **dict.fromkeys(["qk_rope_head_dim", "index_head_dim", "d_kv", "conv_kernel_size"], 8),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank"], 16),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"], 2 * D),
+    **dict.fromkeys(["dim_ff", "ffn_hidden_size", "shared_expert_intermediate_size", "intermediate_size_mlp"], 2 * D),
+    **dict.fromkeys(["num_encoder_ffn_dim", "shared_intermediate_size", "expert_ffn_hidden_size"], 2 * D),
+    **dict.fromkeys(["moe_intermediate_size", "mlp_hidden_dim"], 16),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "index_topk"], 2),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx"], LIMIT),
+    **dict.fromkeys(["sliding_window", "attention_chunk_size", "window_size", "local_attention"], 4),
+    **dict.fromkeys(["original_max_position_embeddings"], LIMIT // 2),
+    **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size", "time_step_rank", "mamba_dt_rank"], 8),
+    **dict.fromkeys(["hidden_size_per_layer_input"], 8),
+}
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that make a config small and free of dropout; what it derives from its sizes is left to it."""
+    small: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            small[key] = {"model_type": value["model_type"], **shrunk(value)}
+        elif key in SIZES and value is not None:
+            small[key] = SIZES[key]
+        elif key.endswith("token_id") and isinstance(value, int) and value >= V:
+            small[key] = V - 8
+        elif "dropout" in key and value:
+            small[key] = 0.0
+    return small
+
+
+# what a type needs beside small sizes; a list is several variants
+MLA = {"head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+SHARED_KEYS = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}),
+    **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 4}),
+    **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
+    **dict.fromkeys(["dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"], MLA),
+    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64}},
+    "dots1": {"n_routed_experts": 4},
+    "gemma3n_text": {
+        "intermediate_size": [2 * D] * N_LAYERS,
+        "activation_sparsity_pattern": [0.0] * N_LAYERS,
+        **SHARED_KEYS,
+    },
+    "gemma4_text keys shared": SHARED_KEYS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+}
+
+# variants of a type that are models of another kind
+EXTRA = [name for name in OWN if " " in name]
+
+
+def variants(model_type: str) -> Iterator[tuple[str, Any]]:
+    """(label, config) of a type: as it comes, and where there is the switch as a decoder."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type.split()[0])
+    base = shrunk(config.to_dict()) | OWN.get(model_type, {})
+    yield model_type, type(config)(**base)
+    if getattr(config, "is_decoder", None) is False:
+        yield f"{model_type} is_decoder", type(config)(**base | {"is_decoder": True})
+
+
+def made_random(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
+            parameter.data += noise.to(parameter.dtype)
+    return model.eval()
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    mark = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=mark, eos_token=mark, model_max_length=10**9)
+
+
+def stream(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def hooked(model: nn.Module, block: nn.Module, inputs: dict[str, Tensor], x_BLD: Tensor | None = None) -> Any:
+    """(the block's output, logits) of a plain pass, the output replaced where x_BLD is given."""
+    seen: list[Tensor] = []
+
+    def hook(_block, _args, output):
+        seen.append(stream(output).clone())
+        if x_BLD is not None:
+            x = x_BLD.to(seen[0].dtype)
+            return x if isinstance(output, Tensor) else type(output)((x, *output[1:]))
+
+    handle = block.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            logits_BLV = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return seen[0], logits_BLV
+
+
+def faults(folder: str, model: Any, base_folder: str | None) -> Iterator[str]:
+    """What is not exact about a model that loads."""
+    from dictionary_learning.model import load_model, model_shape
+
+    lm, shape = load_model(folder), model_shape(folder)
+    path = next(path for path, module in lm.model.named_modules() if module is lm.layers)
+    if (shape.n_layers, shape.activation_dim) != (lm.n_layers, lm.activation_dim):
+        yield f"shape {shape[:2]} is not {(lm.n_layers, lm.activation_dim)}"
+    if lm.n_layers != N_LAYERS:
+        yield f"{path} has {lm.n_layers} layers"
+    layers = sorted(lm._outputs)
+    if len(layers) < lm.n_layers:
+        print(f"    {model.config.model_type}: text runs layers {layers} only", flush=True)
+    blocks = model.get_submodule(path)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BL = torch.randint(10, V - 20, (2, 11), generator=generator)
+    mask_BL = torch.ones_like(tokens_BL)
+    inputs = {"input_ids": tokens_BL, "attention_mask": mask_BL}
+    logits_BLV, x_by_layer = lm.run(tokens_BL, mask_BL, layers)
+    if not logits_BLV.isfinite().all():
+        yield "the logits are not finite, nothing is shown"
+    changed_BL = tokens_BL.clone()
+    changed_BL[:, -1] = (changed_BL[:, -1] + 1) % (V - 40) + 5
+    later = lm.activations(changed_BL, mask_BL, layers)
+    for layer in layers:
+        x_BLD, expected_BLV = hooked(model, blocks[layer], inputs)
+        if not torch.equal(x_by_layer[layer], x_BLD):
+            yield f"layer {layer}: activations are not a hook's"
+        if not torch.equal(logits_BLV, expected_BLV):
+            yield f"layer {layer}: logits are not the model's"
+        if not torch.allclose(later[layer][:, :-1], x_BLD[:, :-1], atol=1e-4, rtol=1e-3):
+            yield f"layer {layer}: not causal"
+        if not torch.equal(lm.run_from(layer, x_BLD, tokens_BL, mask_BL), expected_BLV):
+            yield f"layer {layer}: its own activations do not give its logits"
+        noise_BLD = torch.randn(x_BLD.shape, generator=generator)
+        _, expected_BLV = hooked(model, blocks[layer], inputs, noise_BLD)
+        if not torch.equal(lm.run_from(layer, noise_BLD, tokens_BL, mask_BL), expected_BLV):
+            yield f"layer {layer}: run_from is not the model with that block's output replaced"
+        for kind, name in [("", folder), (" (base file)", base_folder)]:
+            if name is not None and layer in (layers[0], layers[-1]):
+                cut = load_model(name, last_layer=layer).activations(tokens_BL, mask_BL, [layer])
+                if not torch.equal(cut[layer], x_BLD):
+                    yield f"layer {layer}: a truncated load differs{kind}"
+    half = load_model(folder, dtype=torch.bfloat16)
+    logits_BLV, x_by_layer = half.run(tokens_BL, mask_BL, layers)
+    for layer in layers:
+        if not torch.equal(half.run_from(layer, x_by_layer[layer], tokens_BL, mask_BL), logits_BLV):
+            yield f"layer {layer}: in bf16 its own activations do not give its logits"
+    length = min(shape.context_limit or 4 * LIMIT, 4 * LIMIT)
+    long_BL = torch.randint(10, V - 20, (1, length), generator=generator)
+    try:
+        lm.run(long_BL, torch.ones_like(long_BL), [])
+    except Exception as error:
+        yield f"a context of {length} (limit {shape.context_limit}): {type(error).__name__}"
+
+
+def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
+    """(label, exact | refused | wrong, why)"""
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, base = Path(folder, "whole"), Path(folder, "base")
+        try:
+            with torch.device("meta"):
+                n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(make()).parameters())
+            assert n_parameters < 2e7, f"{n_parameters:,} parameters"
+            model = made_random(AutoModelForCausalLM.from_config(make()))
+            model.save_pretrained(whole)
+            # one more load, so that what is compared with is what the files say
+            config = AutoConfig.from_pretrained(whole)
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                make().save_pretrained(whole)
+            model = AutoModelForCausalLM.from_pretrained(whole).eval()
+            with torch.no_grad():
+                model(
+                    torch.arange(20, 26).view(2, 3), attention_mask=torch.ones(2, 3, dtype=torch.long), use_cache=False
+                )
+            tokenizer().save_pretrained(whole)
+            has_base = model.base_model is not model
+            if has_base:
+                model.base_model.save_pretrained(base)
+                tokenizer().save_pretrained(base)
+                (base / "config.json").write_bytes((whole / "config.json").read_bytes())
+        except Exception as error:
+            return label, "no model", f"{type(error).__name__}: {error}"[:300]
+        try:
+            found = list(faults(str(whole), model, str(base) if has_base else None))
+        except ValueError as error:
+            return label, "refused", str(error).replace(folder, "")
+        except Exception as error:
+            return label, "wrong", "".join(traceback.format_exception(error)[-3:])
+    return label, "wrong" if found else "exact", "; ".join(found)
+
+
+def tried_type(model_type: str) -> list[tuple[str, str, str]]:
+    try:
+        configs = list(variants(model_type))
+    except Exception as error:
+        return [(model_type, "no model", f"config: {type(error).__name__}: {error}"[:300])]
+    return [tried(label, lambda config=config: config) for label, config in configs]
+
+
+def main() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types (all)")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    counts: Counter[str] = Counter()
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for results in pool.map(tried_type, args.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXTRA]):
+            for label, verdict, why in results:
+                counts[verdict] += 1
+                print(f"{label:32} {verdict:8} {why}", flush=True)
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a model's name stands for: a folder, a model of the Hub or the built-in one, its files and its identity."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from .network import hub_is_reachable
+
+BUILT_IN = {"tiny-python": Path(__file__).parent / "assets" / "tiny-python"}
+N_SAMPLES, SAMPLE_BYTES = 64, 4096  # of a weight file's content, beside its header
+
+
+class Pretrained:
+    """A model's files, wherever they are.
+
+    `options` are what `from_pretrained` of transformers takes beside `source`. Where the Hub cannot be reached they
+    say so, and a model of the local cache loads at once.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
+        self.name, self.source = name, str(BUILT_IN.get(name, name))
+        self.is_folder = Path(self.source).is_dir()
+        offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
+        self.options: dict[str, Any] = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": offline,
+        }
+
+    def file(self, filename: str) -> Path | None:
+        """The file on this machine, downloaded if need be; None where the model has none of that name."""
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            self.source,
+            filename,
+            revision=self.options["revision"],
+            local_files_only=self.options["local_files_only"],
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+    def one_sentence(self) -> AbstractContextManager[None]:
+        return one_sentence(self.name, self.options["local_files_only"])
+
+    def check_kind(self) -> None:
+        """Raises ValueError for what is no model of transformers though it is shared like one: adapters and GGUF."""
+        with self.one_sentence():
+            adapter, config = self.file("adapter_config.json"), self.file("config.json")
+        if adapter is not None:
+            what = "a PEFT adapter (LoRA) lies beside the model" if config else "it is a PEFT adapter (LoRA), no model"
+            advice = (
+                "merge it into its base model (merge_and_unload of peft, then save_pretrained) and name that folder"
+            )
+            raise ValueError(f"cannot load {self.name!r}: {what}; {advice}")
+        is_gguf = self.source.lower().endswith(".gguf") or (self.is_folder and any(Path(self.source).glob("*.gguf")))
+        if config is None and is_gguf:
+            advice = "name the model that it was converted from, a folder with config.json and safetensors"
+            raise ValueError(f"cannot load {self.name!r}: GGUF files cannot be read; {advice}")
+
+
+@contextmanager
+def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
+    """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # a model's own code may raise anything
+        raise ValueError(f"cannot load {name!r}: {_why(error, name, offline).rstrip('.')}") from error
+
+
+def _is_repo_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _why(error: Exception, name: str, offline: bool) -> str:
+    from huggingface_hub import errors
+
+    cause, page = error.__cause__, f"https://huggingface.co/{name}"
+    if isinstance(cause, errors.GatedRepoError):
+        return f"it is gated: accept its licence at {page}, then run `hf auth login`"
+    if isinstance(cause, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return "it is neither a folder here nor a model on the Hub (if it is private, run `hf auth login`)"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"it has no such revision, see {page}"
+    is_lost = isinstance(error, ConnectionError) or isinstance(cause, errors.LocalEntryNotFoundError | ConnectionError)
+    if is_lost or (offline and isinstance(error, OSError)):
+        return "the Hub cannot be reached, and the model is neither in the local cache nor a folder here"
+    if "trust_remote_code" in str(error):
+        return "it runs code of its own: read that first, then pass trust_remote_code to allow it"
+    text = " ".join(" ".join(re.split(r"(?<=\.)\s+", str(error))[:2]).split())
+    if isinstance(error, OSError | ValueError | ImportError) and text:
+        return text
+    return f"its own code fails ({type(error).__name__}: {text})"
+
+
+def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
+    """What tells one model from another, for JSON: equal dicts are the same model.
+
+    A folder's are its resolved path and hashes of its config and of its weight files: of each the name, size, header
+    (safetensors) and blocks of its content, not all of it. A Hub model's are its id and commit.
+
+    Raises ValueError where the model is not there.
+    """
+    model = Pretrained(name, revision)
+    with model.one_sentence():
+        config = model.file("config.json")
+    if config is None:
+        raise ValueError(f"cannot load {name!r}: it has no config.json")
+    if not model.is_folder:
+        from transformers.utils.hub import extract_commit_hash
+
+        commit = extract_commit_hash(config.as_posix(), None)
+        assert commit is not None, f"{config} is no file of the Hub's cache"
+        return {"id": name, "commit": commit}
+    weights = hashlib.sha256()
+    for path in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
+        weights.update(f"{path.name} {path.stat().st_size} ".encode())
+        for sample in _samples(path):
+            weights.update(sample)
+    hashes = {"config": hashlib.sha256(config.read_bytes()).hexdigest(), "weights": weights.hexdigest()}
+    return {"id": name, **hashes} if name in BUILT_IN else {"path": str(config.parent.resolve()), **hashes}
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """The header of a safetensors file, and blocks evenly spaced over any file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            yield file.read(8 + int.from_bytes(file.read(8), "little"))
+        for i in range(N_SAMPLES):
+            file.seek(i * size // N_SAMPLES)
+            yield file.read(SAMPLE_BYTES)
