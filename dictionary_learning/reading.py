@@ -1,12 +1,13 @@
 """Which language model reads which text: all that an evaluation depends on beside the SAE, and how both are opened."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .data import open_batches
-from .model import LanguageModel, load_model
+from .model import LanguageModel, load_model, model_identity
 from .sweep import EVALUATION_SETTINGS, Options, Sweep
 from .world import World
 
@@ -24,6 +25,11 @@ class Reading:
     def held_out(self) -> bool:
         """Whether evaluation text is the held-out part of the training set."""
         return self.sweep.eval_dataset == self.sweep.dataset
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells the language model from others (`model.model_identity`)."""
+        return model_identity(self.options.model_name, self.options.revision)
 
     def evaluation_settings(self) -> dict[str, Any]:
         """What the numbers of an evaluation depend on beside the SAE, as plain JSON values."""

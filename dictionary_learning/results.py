@@ -17,7 +17,7 @@ from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
-from .model import LanguageModel, model_identity
+from .model import LanguageModel
 from .reading import Reading
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
@@ -188,7 +188,7 @@ def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:
     if identity is None:
         same = options.model_name == trained_on or _same_path(options.model_name, trained_on)
     else:
-        same = same_model(identity, model_identity(options.model_name, options.revision))
+        same = same_model(identity, reading.identity)
     if not same:
         revision = f" --revision {identity['commit']}" if identity and "commit" in identity else ""
         raise ValueError(

@@ -176,8 +176,9 @@ def train(
     if state is not None:
         buffer.load_state_dict(state)
     norm_factors = buffer.norm_factors
-    about = {"dataset": sweep.dataset}
-    runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | about, mine, shard)
+    text = {"dataset": sweep.dataset}
+    model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
+    runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:

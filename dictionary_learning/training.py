@@ -70,17 +70,19 @@ def make_runs(
     buffer_config: Callable[[int], dict],
     mine: Iterable[int] | None = None,
     shard: Shard = WHOLE,
+    about: Mapping[str, Any] | None = None,
 ) -> list[SAERun]:
     """Build the trainers of a grid; the configs are left as they are.
 
     folders: where each SAE is written, None for nowhere.
     mine: the numbers of the SAEs that this process trains; all of them by default.
     shard: its share of their latents; what is written of an SAE is written by the process with the first share.
+    about: what the "trainer" of every config.json records beside the trainer's own settings.
     """
     runs = []
     for i in range(len(trainer_configs)) if mine is None else mine:
         trainer, folder = make_trainer(trainer_configs[i], shard), folders[i] if shard.rank == 0 else None
-        run = SAERun(i, trainer, folder, {"trainer": {}, "buffer": buffer_config(trainer.cfg.layer)})
+        run = SAERun(i, trainer, folder, {"trainer": dict(about or {}), "buffer": buffer_config(trainer.cfg.layer)})
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", run.saved_config())

@@ -209,7 +209,7 @@ def test_overwrite_does_not_delete_what_is_not_a_run(run, tmp_path, tiny_model_f
 
 
 def test_dry_run_writes_nothing_and_loads_no_weights(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dictionary_learning.run.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("dictionary_learning.reading.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     assert run("--architectures", "top_k", "standard", "--dry_run") == 0
     out = capsys.readouterr().out
     assert "2 SAEs" in out and "3,000 tokens = 60 steps of 50" in out and "short run" in out
