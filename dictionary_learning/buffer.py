@@ -85,7 +85,6 @@ class ActivationSource:
         "context_length",
         "median_norms",
         "_turn",
-        "_ended",
     )
     _REPORT = ("rows", "ended", "failed", "texts", "length", "halvings", "tokens", "padding", "bos", "outliers")
 
@@ -293,13 +292,14 @@ class ActivationSource:
             state["source"] = deepcopy({name: getattr(self, name) for name in self._PLAIN_STATE})
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], new_text: bool = False) -> None:
         seconds = self.seconds
         for name in self._PLAIN_STATE:
             setattr(self, name, deepcopy(state["source"][name]))
         self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
         self._put_back.clear()
-        for s in self._mine():
+        self._ended = [False] * len(self.shards)  # there may be more text by now
+        for s in [] if new_text else self._mine():
             self.shards[s].load_state_dict(state[f"text.{s}"])
 
 
@@ -499,9 +499,12 @@ class ActivationBuffer:
             }
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the buffers that gave the state stood; all must be constructed alike, but for the ranks."""
-        self.source.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any], new_text: bool = False) -> None:
+        """Continue where the buffers that gave the state stood; all must be constructed alike, but for the ranks.
+
+        new_text: the text is another one, and is read from its start.
+        """
+        self.source.load_state_dict(state, new_text)
         plain = state["buffer"]
         self._cursor = self.n_tokens - plain["n_unread"]
         self._order_C = torch.arange(self.n_tokens, device=self.device)

@@ -93,6 +93,7 @@ class Measured:
     stated: dict[str, float]
     settings: dict[str, Any]
     results: dict[str, Any]
+    path: Path  # of the file that has them
     notes: list[str] = field(default_factory=list)  # for the user, beside errors and warnings
 
 
@@ -101,8 +102,8 @@ def evaluate(
     reading_of: Callable[[Mapping[str, Any]], Reading],
     architectures: Mapping[str, Architecture],
     world: World,
-) -> dict[str, dict[str, Any]]:
-    """Evaluate SAEs, write what comes out into their folders and print one table; returns the results by name.
+) -> dict[str, Measured]:
+    """Evaluate SAEs, write what comes out into their folders and print one table; returns what was measured by name.
 
     reading_of: from what the run or the config of an SAE says to what it is evaluated on. SAEs for which that is the
         same are evaluated together.
@@ -140,7 +141,7 @@ def evaluate(
             said = [f"{kind}: {one.results[kind]}" for kind in ("error", "warning") if kind in one.results]
             for sentence in [*said, *one.notes]:
                 print(f"{one.name}: {sentence}", file=sys.stderr)
-    return {one.name: one.results for one in measured}
+    return {one.name: one for one in measured}
 
 
 def _model_of(reading: Reading) -> str:
@@ -230,6 +231,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
             (subject.config.get("source") or {}).get("stated", {}),
             settings,
             evaluation.results,
+            path,
         )
         if differing:
             one.notes.append(f"other settings than those of {RESULTS} ({'; '.join(differing)}): see {path}")
@@ -309,8 +311,11 @@ def table(measured: Sequence[Measured], architectures: Mapping[str, Architecture
             }
         )
     runs = {Path(one.name).parent.parent for one in measured}  # SAEs of one run need no names
-    always = {"layer", "architecture", "width", "setting", *COLUMNS.values()} | ({"SAE"} if len(runs) > 1 else set())
-    shown = [name for name in rows[0] if name in always or (name != "SAE" and len({row[name] for row in rows}) > 1)]
+    always = {"layer", "architecture", "width", "setting", *COLUMNS.values()}
+    said = {name for name in ("stated L0", "ended early") if any(row[name] not in ("", "-") for row in rows)}
+    differs = {name for name in rows[0] if name != "SAE" and len({row[name] for row in rows}) > 1}
+    asked = always | said | differs | ({"SAE"} if len(runs) > 1 else set())
+    shown = [name for name in rows[0] if name in asked]
     lines = [shown, *([row[name] for name in shown] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

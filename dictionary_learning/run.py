@@ -173,8 +173,10 @@ def train(
         ]
     )
     buffer = make_buffer(plan, lm, shards, readers)
+    settings = plan.settings()
+    text_settings = {name: settings[name] for name in sorted(TEXT_TO_CHANGE)}
     if state is not None:
-        buffer.load_state_dict(state)
+        buffer.load_state_dict(state, new_text=state.get("text_settings", text_settings) != text_settings)
     norm_factors = buffer.norm_factors
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
@@ -186,7 +188,8 @@ def train(
         return {**spent, "SAE": time.monotonic() - started - sum(spent.values())}
 
     def save(step: int, loop_state: dict[str, Any]) -> None:
-        entries = {**loop_state, **buffer.state_dict()} | ({"wandb_ids": wandb_ids} if world.rank == 0 else {})
+        plain = {"wandb_ids": wandb_ids, "text_settings": text_settings} if world.rank == 0 else {}
+        entries = {**loop_state, **buffer.state_dict(), **plain}
         save_state(plan.folder / "resume", step, entries, world=world)
 
     loop = Loop(
@@ -358,7 +361,7 @@ def evaluate_run(plan: Plan, mine: Sequence[int], tracker: Tracker) -> None:
     results = evaluate(saes, lambda _: plan, plan.rows, plan.world)
     for n, i in enumerate(mine):
         if str(plan.sae_folders[i]) in results:
-            tracker.summary(n, results[str(plan.sae_folders[i])])
+            tracker.summary(n, results[str(plan.sae_folders[i])].results)
 
 
 def evaluate_only(
@@ -376,11 +379,10 @@ def evaluate_only(
 
     names = options.eval_only or [str(run_folder(options))]
     saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
-    results = evaluate(saes, reading, rows, world)
-    if world.rank == 0:
-        for folder in filter(Path.is_dir, map(Path, names)):
-            if any((sae.folder / RESULTS).is_file() for sae in saes if sae.name in results):
-                plot(folder)
+    measured = evaluate(saes, reading, rows, world)
+    for folder in filter(Path.is_dir, map(Path, names)) if world.rank == 0 else ():
+        if any(one.path.name == RESULTS and one.path.is_relative_to(folder) for one in measured.values()):
+            plot(folder)
     return 0
 
 

@@ -1,0 +1,197 @@
+"""`--eval_only`: the run's own settings unless told otherwise, the run's own model, any SAEs in one table."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dictionary_learning.formats import find_saes
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    assert run("--architectures", "top_k", "standard", "--max_norm_multiple", 5) == 0
+    return find_saes(tmp_path)
+
+
+def results(path: Path, name: str = "eval_results.json") -> dict:
+    return json.loads((path / name).read_text())
+
+
+def run_bare(*flags) -> int:
+    """Without the flags of the small run: what is not given here comes from run.json."""
+    import demo
+
+    return demo.main(["--device", "cpu", *map(str, flags)])
+
+
+def test_a_run_is_evaluated_as_its_run_json_says(trained, capsys):
+    before = [results(path) for path in trained]
+    assert run_bare("--eval_only", trained[0].parents[1]) == 0
+    assert [results(path) for path in trained] == before
+    assert "other settings" not in capsys.readouterr().err
+
+
+def test_results_under_other_settings_go_to_another_file_and_are_named(trained, capsys):
+    before, files = results(trained[0]), set(trained[0].iterdir())
+    assert run_bare("--eval_only", trained[0], "--context_length", 16, "--no-mask") == 0
+    error = capsys.readouterr().err
+    assert "context_length 32 -> 16" in error and "mask True -> False" in error
+    assert results(trained[0]) == before
+    (new,) = set(trained[0].iterdir()) - files
+    assert new.name in error and results(trained[0], new.name)["hyperparameters"]["context_length"] == 16
+    assert run_bare("--eval_only", trained[0], "--context_length", 16, "--no-mask") == 0
+    assert len(set(trained[0].iterdir()) - files) == 1
+
+
+def test_a_model_of_the_same_last_name_is_another_model(command, tiny_model_folder, tmp_path, capsys):
+    import demo
+
+    models = [tmp_path / run / "final" for run in ("run_a", "run_b")]
+    for i, folder in enumerate(models):
+        shutil.copytree(tiny_model_folder, folder)
+        if i:
+            from safetensors.torch import load_file, save_file
+
+            weights = {name: tensor + 0.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--save_dir", tmp_path / "saes", "--architectures", "top_k", "--no_eval"]
+    assert demo.main(command("--model_name", models[0], *flags)) == 0
+    (path,) = find_saes(tmp_path / "saes")
+    trainer = json.loads((path / "config.json").read_text())["trainer"]
+    assert trainer["lm_identity"]["path"] == str(models[0].resolve()) and trainer["lm_revision"] is None
+    assert run_bare("--eval_only", path, "--model_name", models[1]) == 2
+    assert "--any_model" in capsys.readouterr().err and not (path / "eval_results.json").exists()
+    assert run_bare("--eval_only", path) == 0
+    # moved, it is the same model still
+    models[0].rename(tmp_path / "elsewhere")
+    assert run_bare("--eval_only", path, "--model_name", tmp_path / "elsewhere") == 0
+    assert run_bare("--eval_only", path, "--model_name", models[1], "--any_model") == 0
+
+
+def test_a_saelens_folder_is_evaluated(trained, tmp_path, tiny_model_folder, capsys):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copy(trained[1] / name, alone / name)
+    assert run_bare("--eval_only", alone, "--dataset", results(trained[1])["hyperparameters"]["dataset"],
+                    "--eval_num_inputs", 6) == 0, capsys.readouterr().err  # fmt: skip
+    assert results(alone)["l0"] is not None
+    assert "architecture" in capsys.readouterr().out
+
+
+def test_one_sae_that_cannot_be_evaluated_stops_no_other(trained, tmp_path, capsys):
+    for i, change in enumerate(
+        [{"buffer": None}, {"buffer": {}}, {"trainer": {"layer": None}}, {"trainer": {"lm_name": None}}]
+    ):
+        copy = tmp_path / "more" / f"trainer_{i}"
+        shutil.copytree(trained[0], copy)
+        config = json.loads((copy / "config.json").read_text())
+        config["buffer"] = change.get("buffer", config["buffer"])
+        config["trainer"] |= change.get("trainer", {})
+        (copy / "config.json").write_text(json.dumps(config))
+    dataset = results(trained[0])["hyperparameters"]["dataset"]
+    code = run_bare("--eval_only", tmp_path / "more", "--dataset", dataset, "--eval_num_inputs", 6)
+    error = capsys.readouterr().err
+    assert code == 0, error
+    assert error.count("not evaluated") == 2
+    assert "only SAEs of block outputs" in error and "--model_name" in error and "None" not in error
+
+
+def test_several_runs_are_one_table(trained, run, tmp_path, capsys):
+    assert run("--save_dir", tmp_path / "other", "--architectures", "gated", "--no_eval") == 0
+    (other,) = find_saes(tmp_path / "other")
+    capsys.readouterr()
+    assert run_bare("--eval_only", trained[0], trained[1], other) == 0
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("plot")]
+    assert head.split()[0] == "SAE" and len(rows) == 3
+    assert {row.split()[0] for row in rows} == {str(trained[0]), str(trained[1]), str(other)}
+
+
+def test_an_empty_folder_is_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run_bare("--eval_only", tmp_path / "empty") == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_estimate(monkeypatch):
+    """Text that is far too little is refused before training; here it is to end in the middle of it."""
+    monkeypatch.setattr("dictionary_learning.run.check_text", lambda plan: None)
+
+
+def test_a_run_that_ends_early_is_finished_marked_and_goes_on(run, tmp_path, capsys, no_estimate):
+    flags = ("--architectures", "top_k", "standard", "--num_tokens", 40_000)
+    assert run(*flags) == 3
+    told = capsys.readouterr()
+    assert "text ended" in told.err and "--resume" in told.err and "ended early" in told.out
+    saes = find_saes(tmp_path)
+    record = json.loads((tmp_path / saes[0].parents[1] / "run.json").read_text())
+    assert not record["trained"] and record["ended_early"]["tokens"] < 40_000
+    before = []
+    for path in saes:
+        assert json.loads((path / "config.json").read_text())["trainer"]["ended_early"]["step"] > 0
+        assert results(path)["l0"] is not None
+        before.append(torch.load(path / "ae.pt", weights_only=True))
+    assert run(*flags, "--resume", "--no_eval") == 3  # no more text, so as before
+    for path, state in zip(saes, before, strict=True):
+        again = torch.load(path / "ae.pt", weights_only=True)
+        assert all(again[name].equal(state[name]) for name in state)
+    assert run(*flags, "--resume", "--epochs", 3) == 0
+    record = json.loads((tmp_path / saes[0].parents[1] / "run.json").read_text())
+    assert record["trained"] and "ended_early" not in record and record["settings"]["epochs"] == 3
+    assert record["changes"] == [{"epochs": [1, 3]}]
+    for path in saes:
+        config = json.loads((path / "config.json").read_text())
+        assert "ended_early" not in config["trainer"]
+        steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)) and steps[-1] == 799
+
+
+def test_a_run_that_ended_early_goes_on_with_other_text(run, text_file, tmp_path, no_estimate):
+    flags = ("--architectures", "top_k", "--num_tokens", 40_000, "--no_eval")
+    assert run(*flags) == 3
+    more = tmp_path / "more.jsonl"
+    more.write_text(text_file.read_text().replace("word", "term"))
+    assert run(*flags, "--resume", "--dataset", more) == 0
+    (path,) = find_saes(tmp_path)
+    assert json.loads((path.parents[1] / "run.json").read_text())["settings"]["dataset"] == str(more)
+
+
+def test_a_run_begun_before_a_setting_existed_is_resumed(run, tmp_path, capsys):
+    flags = ("--architectures", "top_k", "--no_eval")
+    assert run(*flags) == 0
+    (path,) = find_saes(tmp_path)
+    record = path.parents[1] / "run.json"
+    content = json.loads(record.read_text())
+    for name in ("kernels", "shuffle", "prepend_bos", "skip_damaged"):
+        del content["settings"][name]
+    record.write_text(json.dumps(content))
+    assert run(*flags, "--resume", "--log_steps", 5, "--eval_num_inputs", 3) == 0
+    assert run(*flags, "--resume", "--no-prepend_bos") == 2
+    assert "prepend_bos was True, is False" in capsys.readouterr().err
+
+
+def test_a_failing_stage_stops_no_later_one(run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail(*_args, **_options):
+        raise ValueError("no page today")
+
+    monkeypatch.setattr("dictionary_learning.report.write_reports", fail)
+    monkeypatch.setattr("dictionary_learning.plotting.plot_pareto", fail)
+    monkeypatch.setattr("dictionary_learning.hub.check_repo", lambda *_, **__: None)
+    monkeypatch.setattr("dictionary_learning.hub.upload_run", lambda folder, *_, **__: calls.append(folder) or "there")
+    assert run("--architectures", "top_k", "--report", "--hf_repo_id", "user/repo") == 2
+    error = capsys.readouterr().err
+    assert "python -m dictionary_learning.report" in error and "python demo.py --eval_only" in error
+    assert len(calls) == 1
+
+
+def test_zeros_of_seeds_and_schedules_are_values(run, tmp_path):
+    flags = ("--random_seeds", 0, 1, "--warmup_steps", 0, "--sparsity_warmup_steps", 0, "--threshold_start_step", 0)
+    flags += ("--anneal_start", 0, "--k_anneal_steps", 0, "--resample_steps", 0, "--backup_steps", 0, "--layers", 0)
+    assert run("--architectures", "top_k", "p_anneal", "--no_eval", *flags) == 0
+    assert len(find_saes(tmp_path)) == 4
