@@ -78,25 +78,44 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 # what a type needs beside small sizes; a list is several variants
 MLA = {"head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 SHARED_KEYS = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+DOTS3 = {
+    **{
+        key: SIZES[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "q_lora_rank")
+    },
+    **{key: SIZES[key] for key in ("moe_intermediate_size", "qk_rope_head_dim", "max_position_embeddings")},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"head_dim": 16, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 2},
+    **{"sliding_window": 4, "shared_experts_intermediate_size": 16, "pad_token_id": 0, "bos_token_id": 0},
+    **{"eos_token_id": 0, "layer_types": ["indexed_attention", "indexed_attention", *["sliding_attention"] * 2]},
+    "per_layer_config": {i: {"qk_nope_head_dim": 8, "kv_lora_rank": 16} for i in range(N_LAYERS)},
+}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}),
     **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 4}),
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
-    **dict.fromkeys(["dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"], MLA),
+    **dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa"], MLA),
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64}},
-    "dots1": {"n_routed_experts": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"text_config": {"model_type": "dots3_note_text", **DOTS3}},
+    "dots3_note_text": DOTS3,
+    "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gemma3n_text": {
         "intermediate_size": [2 * D] * N_LAYERS,
         "activation_sparsity_pattern": [0.0] * N_LAYERS,
         **SHARED_KEYS,
     },
     "gemma4_text keys shared": SHARED_KEYS,
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "n_group": 1, "topk_group": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 
@@ -109,7 +128,7 @@ def variants(model_type: str) -> Iterator[tuple[str, Any]]:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type.split()[0])
-    base = shrunk(config.to_dict()) | OWN.get(model_type, {})
+    base = shrunk(config.to_dict()) | OWN.get(model_type.split()[0], {}) | OWN.get(model_type, {})
     yield model_type, type(config)(**base)
     if getattr(config, "is_decoder", None) is False:
         yield f"{model_type} is_decoder", type(config)(**base | {"is_decoder": True})

@@ -373,8 +373,9 @@ class LanguageModel:
             changed = (x_BLD[0] - x_BLD[1]).norm(dim=-1) / x_BLD[0].norm(dim=-1)
             if changed.max() > max(1e-5, 4 * torch.finfo(self.dtype).eps):
                 what = f"a token changes what layer {layer} computes for the tokens before it"
-                advice = "if it was trained as a decoder, set is_decoder to true in its config.json"
-                raise ValueError(f"it is no causal language model: {what} ({advice})")
+                is_encoder = getattr(self.model.config, "is_decoder", None) is False
+                advice = " (a decoder's config.json says is_decoder: true)" if is_encoder else ""
+                raise ValueError(f"it is no causal language model: {what}{advice}")
         return outputs
 
     def _check_layers(self, layers: Iterable[int]) -> None:
