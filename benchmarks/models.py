@@ -65,7 +65,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
-            small[key] = {"model_type": value["model_type"], **shrunk(value)}
+            model_type = value["model_type"]
+            small[key] = {"model_type": model_type, **shrunk(value), **OWN.get(model_type, {})}
         elif key in SIZES and value is not None:
             small[key] = SIZES[key]
         elif key.endswith("token_id") and isinstance(value, int) and value >= V:
@@ -90,7 +91,27 @@ DOTS3 = {
     **{"eos_token_id": 0, "layer_types": ["indexed_attention", "indexed_attention", *["sliding_attention"] * 2]},
     "per_layer_config": {i: {"qk_nope_head_dim": 8, "kv_lora_rank": 16} for i in range(N_LAYERS)},
 }
+ZAMBA = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    **{"attention_hidden_size": 2 * D, "attention_head_dim": 16, "num_key_value_heads": 4},
+}
+ASSISTANT = {
+    "text_config": {
+        **{"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": N_LAYERS},
+        "vocab_size_per_layer_input": 0,
+        **{"pad_token_id": 0,
+        **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+        **{key: SIZES[key] for key in ("num_key_value_heads", "head_dim", "intermediate_size", "global_head_dim")},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+}
 OWN: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    **dict.fromkeys(["blt_local_encoder", "blt_local_decoder"], {"hidden_size_global": D}),
+    "gemma4_assistant": ASSISTANT,
+    "gemma4_unified_assistant": {
+        "text_config": {**ASSISTANT["text_config"], "model_type": "gemma4_unified_text"},
+    },
     **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}),
     **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 4}),
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
@@ -106,7 +127,8 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config": {"model_type": "dots3_note_text", **DOTS3}},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D},
+    "dots3_note_audio_encoder": {"adapter_input_size": D},
     "dots3_note_text": DOTS3,
     "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gemma3n_text": {
@@ -115,6 +137,20 @@ OWN: dict[str, dict[str, Any]] = {
         **SHARED_KEYS,
     },
     "gemma4_text keys shared": SHARED_KEYS,
+    **dict.fromkeys(["longcat_flash", "minicpm3", "youtu"], MLA),
+    **dict.fromkeys(["ministral", "nemotron"], {"head_dim": 8, "num_key_value_heads": 2}),
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "moe_shared_expert_intermediate_size": 16},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+        **{"indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "ple_embed_dim": 8},
+        **{"heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8},
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 6], "is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(["zamba", "zamba2"], ZAMBA),
+    "zaya": {"num_experts_per_tok": 1},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "n_group": 1, "topk_group": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
@@ -125,9 +161,13 @@ EXTRA = [name for name in OWN if " " in name]
 
 def variants(model_type: str) -> Iterator[tuple[str, Any]]:
     """(label, config) of a type: as it comes, and where there is the switch as a decoder."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    config = AutoConfig.for_model(model_type.split()[0])
+    config_class, own = CONFIG_MAPPING[model_type.split()[0]], OWN.get(model_type, {})
+    try:
+        config = config_class()
+    except Exception:  # the type has no sizes of its own
+        config = config_class(**own)
     base = shrunk(config.to_dict()) | OWN.get(model_type.split()[0], {}) | OWN.get(model_type, {})
     yield model_type, type(config)(**base)
     if getattr(config, "is_decoder", None) is False:
@@ -234,6 +274,25 @@ def faults(folder: str, model: Any, base_folder: str | None) -> Iterator[str]:
         yield f"a context of {length} (limit {shape.context_limit}): {type(error).__name__}"
 
 
+def not_made(config: Any, folder: Path, error: Exception) -> tuple[str, str]:
+    """(verdict, why) where transformers makes no model: to be refused if it makes none in the type's own sizes."""
+    from transformers import AutoModelForCausalLM
+
+    from dictionary_learning.model import model_shape
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(type(config)())
+        return "no model", f"{type(error).__name__}: {error}"[:300]
+    except Exception:
+        config.save_pretrained(folder)
+    try:
+        model_shape(str(folder))
+    except ValueError as refusal:
+        return "refused", str(refusal).replace(str(folder), "")
+    return "wrong", "a shape of no model"
+
+
 def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
     """(label, exact | refused | wrong, why)"""
     from transformers import AutoConfig, AutoModelForCausalLM, logging
@@ -266,7 +325,7 @@ def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
                 tokenizer().save_pretrained(base)
                 (base / "config.json").write_bytes((whole / "config.json").read_bytes())
         except Exception as error:
-            return label, "no model", f"{type(error).__name__}: {error}"[:300]
+            return (label, *not_made(make(), whole, error))
         try:
             found = list(faults(str(whole), model, str(base) if has_base else None))
         except ValueError as error:

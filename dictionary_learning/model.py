@@ -245,12 +245,12 @@ class _Stop(Exception):
 
 def _stream(output: Any) -> Any:
     """The residual stream of a block's output, which is that or has it in front."""
-    return output[0] if isinstance(output, tuple | list) and len(output) else output
+    return output[0] if type(output) in (tuple, list) and len(output) else output
 
 
 def _with_stream(output: Any, x_BLD: Tensor) -> Any:
     """A block's output with another residual stream, in the same container."""
-    return type(output)((x_BLD, *output[1:])) if isinstance(output, tuple | list) else x_BLD
+    return type(output)((x_BLD, *output[1:])) if type(output) in (tuple, list) else x_BLD
 
 
 def _is(value: Any, x_BLD: Tensor) -> bool:
@@ -288,8 +288,8 @@ class LanguageModel:
         self._forward = model if last_layer is None else _decoder(model)
         self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
         with one_sentence(name):
+            self.activation_dim: int = model.config.get_text_config(decoder=True).hidden_size
             self._outputs = self._probe()  # what each block returns; of those that text does not run, nothing
-        self.activation_dim: int = _stream(next(iter(self._outputs.values()))).shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -346,13 +346,10 @@ class LanguageModel:
             def keep(_block, _args, output) -> None:
                 x = _stream(output)
                 if not isinstance(x, Tensor):
-                    raise ValueError(f"its layer {layer} returns no residual stream but a {type(output).__name__}")
-                dim = _stream(outputs[max(outputs)]).shape[-1] if outputs else x.shape[-1]
-                if x.shape != (2, 3, dim) or not x.is_floating_point():
-                    shape = list(x.shape)
-                    raise ValueError(
-                        f"its layer {layer} returns no single residual stream: {shape} for 2 texts of 3 tokens"
-                    )
+                    raise ValueError(f"its layer {layer} returns no residual stream but a {type(x).__name__}")
+                if x.shape != (2, 3, self.activation_dim):
+                    what = f"{list(x.shape)} for 2 texts of 3 tokens and a hidden size of {self.activation_dim}"
+                    raise ValueError(f"its layer {layer} returns no single residual stream: {what}")
                 outputs[layer] = output
                 if layer == self.last_layer:
                     raise _Stop

@@ -22,11 +22,14 @@ class Pretrained:
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
+        from transformers.utils.hub import resolve_revision
+
         self.name, self.source = name, str(BUILT_IN.get(name, name))
         self.is_folder = Path(self.source).is_dir()
         offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
         self.options: dict[str, Any] = {
-            "revision": revision,
+            # resolved once, so that all files are of one commit
+            "revision": resolve_revision(self.source, revision, local_files_only=offline),
             "trust_remote_code": trust_remote_code,
             "local_files_only": offline,
         }
