@@ -99,7 +99,7 @@ ASSISTANT = {
     "text_config": {
         **{"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": N_LAYERS},
         "vocab_size_per_layer_input": 0,
-        **{"pad_token_id": 0,
+        "pad_token_id": 0,
         **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{key: SIZES[key] for key in ("num_key_value_heads", "head_dim", "intermediate_size", "global_head_dim")},
         "layer_types": ["sliding_attention", "full_attention"] * 2,
