@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
@@ -295,12 +294,8 @@ def not_made(config: Any, folder: Path, error: Exception) -> tuple[str, str]:
 
 def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
     """(label, exact | refused | wrong, why)"""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         whole, base = Path(folder, "whole"), Path(folder, "base")
         try:
@@ -343,7 +338,17 @@ def tried_type(model_type: str) -> list[tuple[str, str, str]]:
     return [tried(label, lambda config=config: config) for label, config in configs]
 
 
+def quiet() -> None:
+    from transformers import logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
 def main() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -351,7 +356,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     counts: Counter[str] = Counter()
-    with ProcessPoolExecutor(args.jobs) as pool:
+    with ProcessPoolExecutor(args.jobs, initializer=quiet) as pool:
         for results in pool.map(tried_type, args.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXTRA]):
             for label, verdict, why in results:
                 counts[verdict] += 1

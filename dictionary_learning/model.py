@@ -80,6 +80,13 @@ def _layers_path(model: Any, name: str) -> str:
     return min(paths, key=lambda path: (path.count("."), -paths[path]))
 
 
+def _width(model: Any) -> int:
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    if width is None:
+        raise ValueError("its config has no hidden_size, so there is no single residual stream")
+    return width
+
+
 def _n_embeddings(model: Any) -> int:
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return model.config.get_text_config(decoder=True).vocab_size if weight is None else len(weight)
@@ -161,8 +168,7 @@ def model_shape(
     """
     model = _skeleton(Pretrained(name, revision, trust_remote_code))
     with one_sentence(name):
-        config = model.config.get_text_config(decoder=True)
-        sizes = {"activation_dim": config.hidden_size, "vocab_size": config.vocab_size}
+        sizes = {"activation_dim": _width(model), "vocab_size": model.config.get_text_config(decoder=True).vocab_size}
     path, limit = _layers_path(model, name), _context_limit(model)
     n_layers = len(model.get_submodule(path))
     if last_layer is not None:
@@ -288,7 +294,7 @@ class LanguageModel:
         self._forward = model if last_layer is None else _decoder(model)
         self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
         with one_sentence(name):
-            self.activation_dim: int = model.config.get_text_config(decoder=True).hidden_size
+            self.activation_dim: int = _width(model)
             self._outputs = self._probe()  # what each block returns; of those that text does not run, nothing
 
     @property

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.models import tried, variants
 from dictionary_learning.model import (
     LanguageModel,
     load_model,
@@ -140,6 +141,42 @@ def test_padding_changes_no_activations(family):
     alone = family.whole.activations(family.tokens[1:2, :7], family.mask[1:2, :7], range(N_LAYERS))
     for layer, x_BLD in alone.items():
         torch.testing.assert_close(x_BLD[0], family.x_by_layer[layer][1, :7], atol=1e-5, rtol=1e-5)
+
+
+VERDICTS = {  # of the families that other ways of reading get wrong: a word of the refusal, or None
+    "bert": "no causal language model",
+    "bert is_decoder": None,
+    "cpmant": "no single residual stream",
+    "falcon_mamba": None,  # fp32 blocks in a bf16 model
+    "gemma3_text bidirectional": "no causal language model",
+    "gemma4_text keys shared": None,  # upper blocks read keys and values of lower ones
+    "glm_moe_dsa": None,  # upper blocks read the indices of lower ones
+    "inkling2_text": None,  # upper blocks read the inputs of lower ones
+    "longcat_flash": None,  # half as many blocks as its config says
+    "mbart is_decoder": None,  # as many blocks as its config says of the decoder
+    "mllama": None,  # text does not run every block
+    "modernbert-decoder": None,  # get_decoder() is the output layer
+    "mpt": None,
+    "musicgen": "its own code fails",
+    "prophetnet is_decoder": "no single residual stream",
+    "qwen4_exp_text": "no single residual stream",
+    "reformer": "no residual stream but a ReformerOutput",
+    "roberta is_decoder": None,
+    "whisper": None,
+    "xlm": "does not read",
+    "xlnet": "no single residual stream",
+    "zaya": None,  # what is beside the stream in a block's output is read by the next
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own
+@pytest.mark.parametrize("label", VERDICTS)
+def test_a_family_is_exact_or_refused_in_one_sentence(label):
+    configs = dict(variants(label.removesuffix(" is_decoder")))
+    _, verdict, why = tried(label, lambda: configs[label])
+    expected = VERDICTS[label]
+    assert verdict == ("refused" if expected else "exact"), why
+    assert (expected or "") in why and "\n" not in why
 
 
 class Block(nn.Module):
@@ -283,7 +320,10 @@ def replaced(block: int, forward):
         ),
         (lambda: replaced(1, lambda own, x: own(x)[0].transpose(0, 1)), r"layer 1 .*stream: \[3, 2, 16\]"),
         (lambda: replaced(1, lambda own, x: {"x": x}), "layer 1 returns no residual stream but a dict"),
-        (lambda: replaced(2, lambda own, x: (x.flip(1),)), "no causal language model: a token changes what layer 2 computes"),
+        (
+            lambda: replaced(2, lambda own, x: (x.flip(1),)),
+            "no causal language model: a token changes what layer 2 computes",
+        ),
         (lambda: replaced(2, lambda own, x: 1 / 0), r"its own code fails \(ZeroDivisionError: division by zero\)"),
         (
             lambda: Model(wiring=lambda blocks, x: blocks[0](blocks[1](x))),
@@ -385,6 +425,38 @@ def test_a_folder_without_weights_or_tokenizer(tiny_model_folder, tmp_path):
     for file in tiny_model_folder.glob("*token*"):
         shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match="no file named model.safetensors"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model_type, sizes, limit",
+    [
+        ("roberta", SIZES | dict(is_decoder=True, pad_token_id=1), 30),  # positions begin after padding's, 0 to 1
+        ("mpt", dict(d_model=D, n_heads=2, n_layers=2, vocab_size=V, max_seq_len=40), 40),
+        ("whisper", dict(d_model=D, decoder_layers=2, vocab_size=V, max_target_positions=24, pad_token_id=1), 24),
+        ("bloom", FAMILIES["bloom"], None),
+        ("gpt_neox", SIZES | dict(max_position_embeddings=-1), None),
+    ],
+)
+def test_the_context_limit_is_what_the_model_has_positions_for(model_type, sizes, limit, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, **sizes).save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)).context_limit == limit
+
+
+def test_a_cut_model_needs_no_weights_above_the_cut(tiny_model_folder, tmp_path, transformers_log):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {key: tensor for key, tensor in weights.items() if ".layers." in key or "embed_in" in key}
+    assert any("final_layer_norm" in key for key in weights.keys() - kept.keys())
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens_BL = torch.arange(2, 12).view(2, 5)
+    x_BLD = load_model(str(tmp_path), last_layer=3).activations(tokens_BL, tokens_BL > 0, [3])[3]
+    assert torch.equal(x_BLD, load_model(str(tiny_model_folder)).activations(tokens_BL, tokens_BL > 0, [3])[3])
+    with pytest.raises(ValueError, match="lack .* weights of the model"):
         load_model(str(tmp_path))
 
 
