@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
@@ -65,7 +64,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
-            small[key] = {"model_type": value["model_type"], **shrunk(value)}
+            model_type = value["model_type"]
+            small[key] = {"model_type": model_type, **shrunk(value), **OWN.get(model_type, {})}
         elif key in SIZES and value is not None:
             small[key] = SIZES[key]
         elif key.endswith("token_id") and isinstance(value, int) and value >= V:
@@ -78,25 +78,79 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 # what a type needs beside small sizes; a list is several variants
 MLA = {"head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 SHARED_KEYS = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+DOTS3 = {
+    **{
+        key: SIZES[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "q_lora_rank")
+    },
+    **{key: SIZES[key] for key in ("moe_intermediate_size", "qk_rope_head_dim", "max_position_embeddings")},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"head_dim": 16, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 2},
+    **{"sliding_window": 4, "shared_experts_intermediate_size": 16, "pad_token_id": 0, "bos_token_id": 0},
+    **{"eos_token_id": 0, "layer_types": ["indexed_attention", "indexed_attention", *["sliding_attention"] * 2]},
+    "per_layer_config": {i: {"qk_nope_head_dim": 8, "kv_lora_rank": 16} for i in range(N_LAYERS)},
+}
+ZAMBA = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    **{"attention_hidden_size": 2 * D, "attention_head_dim": 16, "num_key_value_heads": 4},
+}
+ASSISTANT = {
+    "text_config": {
+        **{"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": N_LAYERS},
+        "vocab_size_per_layer_input": 0,
+        "pad_token_id": 0,
+        **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+        **{key: SIZES[key] for key in ("num_key_value_heads", "head_dim", "intermediate_size", "global_head_dim")},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+}
 OWN: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    **dict.fromkeys(["blt_local_encoder", "blt_local_decoder"], {"hidden_size_global": D}),
+    "gemma4_assistant": ASSISTANT,
+    "gemma4_unified_assistant": {
+        "text_config": {**ASSISTANT["text_config"], "model_type": "gemma4_unified_text"},
+    },
     **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}),
     **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 4}),
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
-    **dict.fromkeys(["dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"], MLA),
+    **dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa"], MLA),
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64}},
-    "dots1": {"n_routed_experts": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D},
+    "dots3_note_audio_encoder": {"adapter_input_size": D},
+    "dots3_note_text": DOTS3,
+    "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gemma3n_text": {
         "intermediate_size": [2 * D] * N_LAYERS,
         "activation_sparsity_pattern": [0.0] * N_LAYERS,
         **SHARED_KEYS,
     },
     "gemma4_text keys shared": SHARED_KEYS,
+    **dict.fromkeys(["longcat_flash", "minicpm3", "youtu"], MLA),
+    **dict.fromkeys(["ministral", "nemotron"], {"head_dim": 8, "num_key_value_heads": 2}),
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "moe_shared_expert_intermediate_size": 16},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+        **{"indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "ple_embed_dim": 8},
+        **{"heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8},
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 6], "is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(["zamba", "zamba2"], ZAMBA),
+    "zaya": {"num_experts_per_tok": 1},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "n_group": 1, "topk_group": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 
@@ -106,10 +160,14 @@ EXTRA = [name for name in OWN if " " in name]
 
 def variants(model_type: str) -> Iterator[tuple[str, Any]]:
     """(label, config) of a type: as it comes, and where there is the switch as a decoder."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    config = AutoConfig.for_model(model_type.split()[0])
-    base = shrunk(config.to_dict()) | OWN.get(model_type, {})
+    config_class, own = CONFIG_MAPPING[model_type.split()[0]], OWN.get(model_type, {})
+    try:
+        config = config_class()
+    except Exception:  # the type has no sizes of its own
+        config = config_class(**own)
+    base = shrunk(config.to_dict()) | OWN.get(model_type.split()[0], {}) | OWN.get(model_type, {})
     yield model_type, type(config)(**base)
     if getattr(config, "is_decoder", None) is False:
         yield f"{model_type} is_decoder", type(config)(**base | {"is_decoder": True})
@@ -215,14 +273,29 @@ def faults(folder: str, model: Any, base_folder: str | None) -> Iterator[str]:
         yield f"a context of {length} (limit {shape.context_limit}): {type(error).__name__}"
 
 
+def not_made(config: Any, folder: Path, error: Exception) -> tuple[str, str]:
+    """(verdict, why) where transformers makes no model: to be refused if it makes none in the type's own sizes."""
+    from transformers import AutoModelForCausalLM
+
+    from dictionary_learning.model import model_shape
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(type(config)())
+        return "no model", f"{type(error).__name__}: {error}"[:300]
+    except Exception:
+        config.save_pretrained(folder)
+    try:
+        model_shape(str(folder))
+    except ValueError as refusal:
+        return "refused", str(refusal).replace(str(folder), "")
+    return "wrong", "a shape of no model"
+
+
 def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
     """(label, exact | refused | wrong, why)"""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         whole, base = Path(folder, "whole"), Path(folder, "base")
         try:
@@ -247,7 +320,7 @@ def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
                 tokenizer().save_pretrained(base)
                 (base / "config.json").write_bytes((whole / "config.json").read_bytes())
         except Exception as error:
-            return label, "no model", f"{type(error).__name__}: {error}"[:300]
+            return (label, *not_made(make(), whole, error))
         try:
             found = list(faults(str(whole), model, str(base) if has_base else None))
         except ValueError as error:
@@ -265,7 +338,17 @@ def tried_type(model_type: str) -> list[tuple[str, str, str]]:
     return [tried(label, lambda config=config: config) for label, config in configs]
 
 
+def quiet() -> None:
+    from transformers import logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
 def main() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,7 +356,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     counts: Counter[str] = Counter()
-    with ProcessPoolExecutor(args.jobs) as pool:
+    with ProcessPoolExecutor(args.jobs, initializer=quiet) as pool:
         for results in pool.map(tried_type, args.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXTRA]):
             for label, verdict, why in results:
                 counts[verdict] += 1

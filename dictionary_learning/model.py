@@ -80,6 +80,13 @@ def _layers_path(model: Any, name: str) -> str:
     return min(paths, key=lambda path: (path.count("."), -paths[path]))
 
 
+def _width(model: Any) -> int:
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    if width is None:
+        raise ValueError("its config has no hidden_size, so there is no single residual stream")
+    return width
+
+
 def _n_embeddings(model: Any) -> int:
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return model.config.get_text_config(decoder=True).vocab_size if weight is None else len(weight)
@@ -161,8 +168,7 @@ def model_shape(
     """
     model = _skeleton(Pretrained(name, revision, trust_remote_code))
     with one_sentence(name):
-        config = model.config.get_text_config(decoder=True)
-        sizes = {"activation_dim": config.hidden_size, "vocab_size": config.vocab_size}
+        sizes = {"activation_dim": _width(model), "vocab_size": model.config.get_text_config(decoder=True).vocab_size}
     path, limit = _layers_path(model, name), _context_limit(model)
     n_layers = len(model.get_submodule(path))
     if last_layer is not None:
@@ -245,12 +251,12 @@ class _Stop(Exception):
 
 def _stream(output: Any) -> Any:
     """The residual stream of a block's output, which is that or has it in front."""
-    return output[0] if isinstance(output, tuple | list) and len(output) else output
+    return output[0] if type(output) in (tuple, list) and len(output) else output
 
 
 def _with_stream(output: Any, x_BLD: Tensor) -> Any:
     """A block's output with another residual stream, in the same container."""
-    return type(output)((x_BLD, *output[1:])) if isinstance(output, tuple | list) else x_BLD
+    return type(output)((x_BLD, *output[1:])) if type(output) in (tuple, list) else x_BLD
 
 
 def _is(value: Any, x_BLD: Tensor) -> bool:
@@ -288,8 +294,8 @@ class LanguageModel:
         self._forward = model if last_layer is None else _decoder(model)
         self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
         with one_sentence(name):
+            self.activation_dim: int = _width(model)
             self._outputs = self._probe()  # what each block returns; of those that text does not run, nothing
-        self.activation_dim: int = _stream(next(iter(self._outputs.values()))).shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -346,13 +352,10 @@ class LanguageModel:
             def keep(_block, _args, output) -> None:
                 x = _stream(output)
                 if not isinstance(x, Tensor):
-                    raise ValueError(f"its layer {layer} returns no residual stream but a {type(output).__name__}")
-                dim = _stream(outputs[max(outputs)]).shape[-1] if outputs else x.shape[-1]
-                if x.shape != (2, 3, dim) or not x.is_floating_point():
-                    shape = list(x.shape)
-                    raise ValueError(
-                        f"its layer {layer} returns no single residual stream: {shape} for 2 texts of 3 tokens"
-                    )
+                    raise ValueError(f"its layer {layer} returns no residual stream but a {type(x).__name__}")
+                if x.shape != (2, 3, self.activation_dim):
+                    what = f"{list(x.shape)} for 2 texts of 3 tokens and a hidden size of {self.activation_dim}"
+                    raise ValueError(f"its layer {layer} returns no single residual stream: {what}")
                 outputs[layer] = output
                 if layer == self.last_layer:
                     raise _Stop
@@ -373,8 +376,9 @@ class LanguageModel:
             changed = (x_BLD[0] - x_BLD[1]).norm(dim=-1) / x_BLD[0].norm(dim=-1)
             if changed.max() > max(1e-5, 4 * torch.finfo(self.dtype).eps):
                 what = f"a token changes what layer {layer} computes for the tokens before it"
-                advice = "if it was trained as a decoder, set is_decoder to true in its config.json"
-                raise ValueError(f"it is no causal language model: {what} ({advice})")
+                is_encoder = getattr(self.model.config, "is_decoder", None) is False
+                advice = " (a decoder's config.json says is_decoder: true)" if is_encoder else ""
+                raise ValueError(f"it is no causal language model: {what}{advice}")
         return outputs
 
     def _check_layers(self, layers: Iterable[int]) -> None:

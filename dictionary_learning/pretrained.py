@@ -10,6 +10,7 @@ from typing import Any
 from .network import hub_is_reachable
 
 BUILT_IN = {"tiny-python": Path(__file__).parent / "assets" / "tiny-python"}
+OUT_OF_REACH = "the Hub cannot be reached, and the model is neither in the local cache nor a folder here"
 N_SAMPLES, SAMPLE_BYTES = 64, 4096  # of a weight file's content, beside its header
 
 
@@ -21,11 +22,14 @@ class Pretrained:
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
+        from transformers.utils.hub import resolve_revision
+
         self.name, self.source = name, str(BUILT_IN.get(name, name))
         self.is_folder = Path(self.source).is_dir()
         offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
         self.options: dict[str, Any] = {
-            "revision": revision,
+            # resolved once, so that all files are of one commit
+            "revision": resolve_revision(self.source, revision, local_files_only=offline),
             "trust_remote_code": trust_remote_code,
             "local_files_only": offline,
         }
@@ -50,16 +54,14 @@ class Pretrained:
 
     def check_kind(self) -> None:
         """Raises ValueError for what is no model of transformers though it is shared like one: adapters and GGUF."""
+        is_gguf = self.source.lower().endswith(".gguf")
         with self.one_sentence():
-            adapter, config = self.file("adapter_config.json"), self.file("config.json")
+            adapter, config = (None, None) if is_gguf else (self.file("adapter_config.json"), self.file("config.json"))
         if adapter is not None:
             what = "a PEFT adapter (LoRA) lies beside the model" if config else "it is a PEFT adapter (LoRA), no model"
-            advice = (
-                "merge it into its base model (merge_and_unload of peft, then save_pretrained) and name that folder"
-            )
+            advice = "merge it into its base model (merge_and_unload of peft), save that and name its folder"
             raise ValueError(f"cannot load {self.name!r}: {what}; {advice}")
-        is_gguf = self.source.lower().endswith(".gguf") or (self.is_folder and any(Path(self.source).glob("*.gguf")))
-        if config is None and is_gguf:
+        if config is None and (is_gguf or (self.is_folder and any(Path(self.source).glob("*.gguf")))):
             advice = "name the model that it was converted from, a folder with config.json and safetensors"
             raise ValueError(f"cannot load {self.name!r}: GGUF files cannot be read; {advice}")
 
@@ -96,7 +98,7 @@ def _why(error: Exception, name: str, offline: bool) -> str:
         return f"it has no such revision, see {page}"
     is_lost = isinstance(error, ConnectionError) or isinstance(cause, errors.LocalEntryNotFoundError | ConnectionError)
     if is_lost or (offline and isinstance(error, OSError)):
-        return "the Hub cannot be reached, and the model is neither in the local cache nor a folder here"
+        return OUT_OF_REACH
     if "trust_remote_code" in str(error):
         return "it runs code of its own: read that first, then pass trust_remote_code to allow it"
     text = " ".join(" ".join(re.split(r"(?<=\.)\s+", str(error))[:2]).split())
@@ -117,7 +119,8 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
     with model.one_sentence():
         config = model.file("config.json")
     if config is None:
-        raise ValueError(f"cannot load {name!r}: it has no config.json")
+        why = OUT_OF_REACH if model.options["local_files_only"] else "it has no config.json"
+        raise ValueError(f"cannot load {name!r}: {why}")
     if not model.is_folder:
         from transformers.utils.hub import extract_commit_hash
 

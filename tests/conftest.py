@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -61,3 +62,20 @@ def tiny_model_folder(tokenizer, tmp_path_factory) -> Path:
     GPTNeoXForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub that this process's huggingface_hub talks to, logged in as alice."""
+    import huggingface_hub
+
+    settings = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    with HubServer() as server:
+        # from the environment they are read once, at the import
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {"ENDPOINT": server.url, "HF_TOKEN_PATH": str(tmp_path / "none"), **settings}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # would keep the address of an earlier server
+        yield server
+    huggingface_hub.close_session()

@@ -78,20 +78,6 @@ def run_folder(tmp_path) -> Path:
     return make_run(tmp_path / "saes" / "tiny_all", "team/tiny")
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A Hub that this process's huggingface_hub talks to, logged in as alice."""
-    settings = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    with HubServer() as server:
-        # from the environment they are read once, at the import
-        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {"ENDPOINT": server.url, "HF_TOKEN_PATH": str(tmp_path / "none"), **settings}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        yield server
-    huggingface_hub.close_session()
-
-
 # -- the check
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.models import tried, variants
 from dictionary_learning.model import (
     LanguageModel,
     load_model,
@@ -142,6 +143,42 @@ def test_padding_changes_no_activations(family):
         torch.testing.assert_close(x_BLD[0], family.x_by_layer[layer][1, :7], atol=1e-5, rtol=1e-5)
 
 
+VERDICTS = {  # of the families that other ways of reading get wrong: a word of the refusal, or None
+    "bert": "no causal language model",
+    "bert is_decoder": None,
+    "cpmant": "no single residual stream",
+    "falcon_mamba": None,  # fp32 blocks in a bf16 model
+    "gemma3_text bidirectional": "no causal language model",
+    "gemma4_text keys shared": None,  # upper blocks read keys and values of lower ones
+    "glm_moe_dsa": None,  # upper blocks read the indices of lower ones
+    "inkling2_text": None,  # upper blocks read the inputs of lower ones
+    "longcat_flash": None,  # half as many blocks as its config says
+    "mbart is_decoder": None,  # as many blocks as its config says of the decoder
+    "mllama": None,  # text does not run every block
+    "modernbert-decoder": None,  # get_decoder() is the output layer
+    "mpt": None,
+    "musicgen": "its own code fails",
+    "prophetnet is_decoder": "no single residual stream",
+    "qwen4_exp_text": "no single residual stream",
+    "reformer": "no residual stream but a ReformerOutput",
+    "roberta is_decoder": None,
+    "whisper": None,
+    "xlm": "does not read",
+    "xlnet": "no single residual stream",
+    "zaya": None,  # what is beside the stream in a block's output is read by the next
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own
+@pytest.mark.parametrize("label", VERDICTS)
+def test_a_family_is_exact_or_refused_in_one_sentence(label):
+    configs = dict(variants(label.removesuffix(" is_decoder")))
+    _, verdict, why = tried(label, lambda: configs[label])
+    expected = VERDICTS[label]
+    assert verdict == ("refused" if expected else "exact"), why
+    assert (expected or "") in why and "\n" not in why
+
+
 class Block(nn.Module):
     """A block that returns its residual stream in a container of the given type."""
 
@@ -159,11 +196,11 @@ class Model(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, n_blocks: int = 3, container: type = torch.Tensor):
+    def __init__(self, n_blocks: int = 3, container: type = torch.Tensor, wiring=None):
         super().__init__()
+        self.wiring = wiring or self.in_order
         text_config = SimpleNamespace(num_hidden_layers=3, hidden_size=D)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text_config)
-        self.n_blocks = n_blocks
         self.embed, self.blocks = nn.Embedding(V, D), nn.ModuleList(Block(container) for _ in range(n_blocks))
 
     def get_decoder(self):
@@ -172,12 +209,19 @@ class Model(nn.Module):
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, input_ids, **_):
-        x_BLD = self.embed(input_ids)
-        for block in self.blocks:
+    @property
+    def base_model(self):
+        return self
+
+    def in_order(self, blocks, x_BLD):
+        for block in blocks:
             output = block(x_BLD)
             x_BLD = output if isinstance(output, torch.Tensor) else output[0]
-        return SimpleNamespace(logits=x_BLD @ self.embed.weight.T)
+        return x_BLD
+
+    def forward(self, input_ids, **_):
+        x_BLD = self.wiring(self.blocks, self.embed(input_ids))
+        return SimpleNamespace(logits=x_BLD @ self.embed.weight.T.to(x_BLD.dtype))
 
 
 @pytest.mark.parametrize("container", [torch.Tensor, tuple, list])
@@ -253,17 +297,103 @@ def test_a_layer_that_is_not_there(tiny_model_folder):
             load_model(name).activations(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), [0, layer])
 
 
-def test_no_layer_list_names_the_lists_there_are(tokenizer):
-    with pytest.raises(ValueError, match=r"no list of 3 layers in 'a model'; its module lists are: blocks \(2\)"):
-        LanguageModel(Model(n_blocks=2), tokenizer, "a model")
+def test_the_list_of_blocks_says_how_many_there_are(tokenizer):
+    assert LanguageModel(Model(n_blocks=2), tokenizer, "a model").n_layers == 2  # its config says 3
+    with pytest.raises(ValueError, match="no list of layers in 'a model'"):
+        LanguageModel(Model(n_blocks=0), tokenizer, "a model")
 
 
-def test_no_single_residual_stream(tokenizer):
-    lm = LanguageModel(Model(), tokenizer, "a model")
-    lm.layers[0].forward = lambda x_BLD: x_BLD.expand(4, *x_BLD.shape)
-    tokens_BL = torch.ones(1, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"layer 0 of a model has no single residual stream: \[4, 1, 2, 16\]"):
-        lm.activations(tokens_BL, tokens_BL > 0, [0])
+def replaced(block: int, forward):
+    """A model whose block is called as forward(block, x_BLD)."""
+    model = Model(container=tuple)
+    own = model.blocks[block].forward
+    model.blocks[block].forward = lambda x_BLD: forward(own, x_BLD)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (
+            lambda: replaced(0, lambda own, x: own(x)[0].expand(4, *x.shape)),
+            r"stream: \[4, 2, 3, 16\] for 2 texts of 3",
+        ),
+        (lambda: replaced(1, lambda own, x: own(x)[0].transpose(0, 1)), r"layer 1 .*stream: \[3, 2, 16\]"),
+        (lambda: replaced(1, lambda own, x: {"x": x}), "layer 1 returns no residual stream but a dict"),
+        (
+            lambda: replaced(2, lambda own, x: (x.flip(1),)),
+            "no causal language model: a token changes what layer 2 computes",
+        ),
+        (lambda: replaced(2, lambda own, x: 1 / 0), r"its own code fails \(ZeroDivisionError: division by zero\)"),
+        (
+            lambda: Model(wiring=lambda blocks, x: blocks[0](blocks[1](x))),
+            "once and in order, layer 0 runs after layer 1",
+        ),
+        (
+            lambda: Model(wiring=lambda blocks, x: blocks[0](blocks[0](x))),
+            "once and in order, layer 0 runs after layer 0",
+        ),
+        (
+            lambda: Model(wiring=lambda blocks, x: blocks[1](2 * blocks[0](x))),
+            "layer 1 does not read what layer 0 returns",
+        ),
+        (lambda: Model(wiring=lambda blocks, x: x), "text runs none of its layers"),
+    ],
+)
+def test_blocks_that_do_not_hand_on_one_stream_are_one_sentence(model, message, tokenizer):
+    with pytest.raises(ValueError, match=f"cannot load 'a model': .*{message}"):
+        LanguageModel(model(), tokenizer, "a model")
+
+
+def test_a_layer_that_text_does_not_run_keeps_its_number(tokenizer):
+    lm = LanguageModel(Model(wiring=lambda blocks, x: blocks[2](blocks[0](x))), tokenizer, "a model")
+    tokens_BL = torch.arange(10).view(2, 5)
+    logits_BLV, x_by_layer = lm.run(tokens_BL, tokens_BL >= 0, [0, 2])
+    for layer in [0, 2]:
+        assert torch.equal(lm.run_from(layer, x_by_layer[layer], tokens_BL, tokens_BL >= 0), logits_BLV)
+    message = r"text does not run layer 1 of a model, only layers \[0, 2\]"
+    for function in [lm.run, lm.activations]:
+        with pytest.raises(ValueError, match=message):
+            function(tokens_BL, tokens_BL >= 0, [1])
+    with pytest.raises(ValueError, match=message):
+        lm.run_from(1, x_by_layer[0], tokens_BL, tokens_BL >= 0)
+
+
+@pytest.mark.parametrize("upper_block_reads", ["the lower one's input", "more than the stream", "the stream alone"])
+def test_lower_blocks_are_left_out_only_where_that_changes_nothing(upper_block_reads, tokenizer):
+    def wiring(blocks, x_BLD):
+        first_BLD = blocks[0](x_BLD)
+        if upper_block_reads == "the lower one's input":
+            kept.append(x_BLD)
+        if upper_block_reads == "more than the stream":
+            kept.append(calls[-1])
+        return blocks[2](blocks[1](first_BLD)) + sum(kept)
+
+    kept, calls = [], []
+    model = Model(wiring=wiring)
+    model.register_forward_pre_hook(lambda *_: kept.clear())
+    linear = model.blocks[0].linear
+    linear.register_forward_hook(lambda _linear, _args, output: calls.append(output))
+    lm = LanguageModel(model, tokenizer, "a model")
+    tokens_BL = torch.arange(10).view(2, 5)
+    x_BLD = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
+    handle = lm.layers[1].register_forward_hook(lambda *_: x_BLD)
+    expected_BLV, _ = lm.run(tokens_BL, tokens_BL >= 0)
+    handle.remove()
+    lm.run_from(1, x_BLD, tokens_BL, tokens_BL >= 0)
+    n_calls = len(calls)
+    assert torch.equal(lm.run_from(1, x_BLD, tokens_BL, tokens_BL >= 0), expected_BLV)
+    assert len(calls) - n_calls == (upper_block_reads == "more than the stream")
+
+
+def test_what_is_overwritten_has_the_blocks_own_dtype(tokenizer):
+    model = replaced(0, lambda own, x: (own(x)[0].double() + 1e-12,))
+    model.blocks[1:].double()
+    lm = LanguageModel(model, tokenizer, "a model")
+    tokens_BL = torch.arange(10).view(2, 5)
+    logits_BLV, x_by_layer = lm.run(tokens_BL, tokens_BL >= 0, [0])
+    assert (lm.dtype, x_by_layer[0].dtype) == (torch.float32, torch.float64)
+    assert torch.equal(lm.run_from(0, x_by_layer[0], tokens_BL, tokens_BL >= 0), logits_BLV)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +425,38 @@ def test_a_folder_without_weights_or_tokenizer(tiny_model_folder, tmp_path):
     for file in tiny_model_folder.glob("*token*"):
         shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match="no file named model.safetensors"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model_type, sizes, limit",
+    [
+        ("roberta", SIZES | dict(is_decoder=True, pad_token_id=1), 30),  # positions begin after padding's, 0 to 1
+        ("mpt", dict(d_model=D, n_heads=2, n_layers=2, vocab_size=V, max_seq_len=40), 40),
+        ("whisper", dict(d_model=D, decoder_layers=2, vocab_size=V, max_target_positions=24, pad_token_id=1), 24),
+        ("bloom", FAMILIES["bloom"], None),
+        ("gpt_neox", SIZES | dict(max_position_embeddings=-1), None),
+    ],
+)
+def test_the_context_limit_is_what_the_model_has_positions_for(model_type, sizes, limit, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, **sizes).save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)).context_limit == limit
+
+
+def test_a_cut_model_needs_no_weights_above_the_cut(tiny_model_folder, tmp_path, transformers_log):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {key: tensor for key, tensor in weights.items() if ".layers." in key or "embed_in" in key}
+    assert any("final_layer_norm" in key for key in weights.keys() - kept.keys())
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens_BL = torch.arange(2, 12).view(2, 5)
+    x_BLD = load_model(str(tmp_path), last_layer=3).activations(tokens_BL, tokens_BL > 0, [3])[3]
+    assert torch.equal(x_BLD, load_model(str(tiny_model_folder)).activations(tokens_BL, tokens_BL > 0, [3])[3])
+    with pytest.raises(ValueError, match="lack .* weights of the model"):
         load_model(str(tmp_path))
 
 
