@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .world import World
 
+MARK = 2  # in a mask of positions
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
 
 
@@ -44,24 +45,25 @@ class Mask(NamedTuple):
 
 
 def position_mask(
-    tokens_BL: Tensor,
     mask_BL: Tensor,
     x_by_layer: dict[int, Tensor],
-    bos_id: int,
     norm_bound: dict[int, float] | None = None,
     drop_bos: bool = True,
 ) -> tuple[Tensor, dict[str, int]]:
     """The positions that SAEs are trained and scored on, the same in the norm estimate, training and metrics.
 
-    Dropped are padding, the bos token wherever it stands (where bos is eos, the joints of packed documents too), the
-    positions whose activation in any layer is not finite, and those whose norm in any layer is above its bound.
+    Dropped are padding, with `drop_bos` the marks that were put between the texts (bos, what joins packed documents;
+    not the same tokens where the text has them), the positions whose activation in any layer is not finite, and those
+    whose norm in any layer is above its bound.
+    mask_BL: 0 is padding, 1 text, `MARK` a mark; one of bools tells no marks.
     norm_bound: {layer: largest norm}, None to keep all norms. x_by_layer: {layer: x_BLD}.
     Returns keep_BL on the activations' device, and the counts of "tokens" (positions that are not padding),
     "padding", "bos", "nonfinite" and "outliers"; what is kept is tokens - bos - nonfinite - outliers.
     """
     device = next(iter(x_by_layer.values())).device
-    text_BL = mask_BL.to(device, torch.bool)
-    inner_BL = text_BL & (tokens_BL.to(device) != bos_id) if drop_bos else text_BL
+    mask_BL = mask_BL.to(device)
+    text_BL = mask_BL > 0
+    inner_BL = text_BL & (mask_BL < MARK) if drop_bos else text_BL
     finite_BL, keep_BL = inner_BL, inner_BL
     for layer, x_BLD in x_by_layer.items():
         norms_BL = _norms(x_BLD)
@@ -291,10 +293,8 @@ class ActivationSource:
         x_by_layer = self._activations(tokens_BL, mask_BL)
         medians = {}
         if self.mask and not self.median_norms:
-            medians = self.median_norms = self._medians(tokens_BL, mask_BL, x_by_layer)
-        keep_BL, counts = position_mask(
-            tokens_BL, mask_BL, x_by_layer, self.lm.bos_id, self.norm_bound(), drop_bos=self.mask
-        )
+            medians = self.median_norms = self._medians(mask_BL, x_by_layer)
+        keep_BL, counts = position_mask(mask_BL, x_by_layer, self.norm_bound(), drop_bos=self.mask)
         kept_N = keep_BL.flatten().nonzero().squeeze(1)
         flat = {layer: rearrange(x_BLD, "b l d -> (b l) d") for layer, x_BLD in x_by_layer.items()}
         rows = {k: x_PD.index_select(0, kept_N).to(self.device, self.lm.dtype) for k, x_PD in flat.items()}
@@ -303,17 +303,16 @@ class ActivationSource:
         said |= {"halvings": self.llm_batch_halvings, **counts}
         return rows, [*(said[name] for name in self._REPORT), *(medians.get(layer, 0.0) for layer in self.layers)]
 
-    def _medians(self, tokens_BL: Tensor, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
-        """{layer: median norm} over the positions that are neither bos nor padding; empty where there are none."""
-        keep_BL, _ = position_mask(tokens_BL, mask_BL, x_by_layer, self.lm.bos_id)
+    def _medians(self, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
+        """{layer: median norm} over the positions that are text and finite; empty where there are none."""
+        keep_BL, _ = position_mask(mask_BL, x_by_layer)
         if not keep_BL.any():
             return {}
-        medians = {layer: _norms(x_BLD)[keep_BL].nanmedian().item() for layer, x_BLD in x_by_layer.items()}
+        medians = {layer: _norms(x_BLD)[keep_BL].median().item() for layer, x_BLD in x_by_layer.items()}
         for layer, median in medians.items():
-            if not 0 < median < float("inf"):
+            if median == 0:
                 raise ValueError(
-                    f"the activations of layer {layer} of {self.lm.name} have a median norm of {median} "
-                    f"in {self.lm.dtype}: try another dtype"
+                    f"most activations of layer {layer} of {self.lm.name} are 0 in {self.lm.dtype}: try another dtype"
                 )
         return medians
 
@@ -367,7 +366,7 @@ class ActivationBuffer:
 
     batches: iterator of (tokens_BL, mask_BL) with state_dict and load_state_dict, or a list of them, the shards of the
         text (`ActivationSource`).
-    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype, bos_id).
+    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype).
     n_tokens: C. seed: of the order in which positions are served.
     mask: False keeps every position that is not padding.
     max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.

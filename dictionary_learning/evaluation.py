@@ -39,6 +39,29 @@ Results = dict[str, Any]
 Text = tuple[Tensor, Tensor]  # tokens_BL, mask_BL
 
 
+def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `data.open_batches` for the text on which a run is evaluated; tokenizer and batches aside.
+
+    settings: those of its run.json. Whoever reads that text asks here, so that all read the same. Where evaluation has
+    no split, subset or column of its own, split and column are those of training; the subset too, if the text is the
+    held-out part of the training set.
+    """
+    held_out = settings["eval_is_held_out"]
+    own = {name: settings.get(f"eval_{name}") for name in ("split", "subset", "text_column")}
+    training = {name: settings.get(name) for name in own}
+    if not held_out:
+        training["subset"] = None
+    names = {"context_length": "context_length", "mixed_dataset": "mixed", "chat_dataset": "chat_dataset"}
+    names |= {"chat_fraction": "chat_fraction", "pack_chats": "chat_pack"}
+    return {
+        "dataset": settings["eval_dataset"],
+        "held_out": held_out or None,  # None: all of it
+        "seed": settings.get("random_seeds", [0])[0],
+        **{name: own[name] or training[name] for name in own if own[name] or training[name]},
+        **{argument: settings[name] for name, argument in names.items() if name in settings},
+    }
+
+
 class Evaluation(NamedTuple):
     """What `evaluate_saes` says about one SAE."""
 
@@ -264,7 +287,7 @@ class Site:
         self.lm, self.layer, self.text = lm, layer, text
         self.x_BLD, self.own, self.keep_BL = x_BLD, own, keep_BL
         self.x_ND, self.lengths = x_BLD[keep_BL].float(), keep_BL.sum(1).tolist()
-        followed_BL = text[1].bool().cpu().roll(-1, dims=1)
+        followed_BL = (text[1] > 0).cpu().roll(-1, dims=1)
         followed_BL[:, -1] = False
         self.scored_BL = keep_BL.cpu() & followed_BL
         self.n_scored_S = self._by_context(torch.ones(followed_BL.shape, dtype=torch.float64))
@@ -427,7 +450,7 @@ class Scope:
 
     def add(self, text: Text, x_BLD: Tensor) -> None:
         bound = None if self.mask.norm_bound is None else {self.layer: self.mask.norm_bound}
-        keep_BL, counts = position_mask(*text, {self.layer: x_BLD}, self.lm.bos_id, bound, self.mask.drop_bos)
+        keep_BL, counts = position_mask(text[1], {self.layer: x_BLD}, bound, self.mask.drop_bos)
         self.keep.append(keep_BL)
         self.positions.update(counts)
         self._sum_D += x_BLD[keep_BL].cpu().double().sum(0)
@@ -490,7 +513,7 @@ def evaluate_saes(
     The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
 
     saes: (name, SAE of raw activations, layer); what is returned has these names.
-    batches: (tokens_BL, mask_BL); all of them are used, and held in memory.
+    batches: (tokens_BL, mask_BL), the mask as in `position_mask`; all of them are used, and held in memory.
     masks: by name, the positions at which an SAE is scored, best those of its training (`Mask.of`); no entry: `Mask()`.
         All others keep the model's own activation and are not scored, as padding always is.
     hyperparameters: recorded beside ours (the dataset, ...).
@@ -510,7 +533,7 @@ def evaluate_saes(
             members.append((scope, group := []))
         group.append(subject)
 
-    n_tokens = sum(int(mask_BL.sum()) for _, mask_BL in texts)
+    n_tokens = sum(int((mask_BL > 0).sum()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
     for i, text in enumerate(texts):
         logits_BLV, x_by_layer = lm.run(*text, sorted({scope.layer for scope, _ in members}))
@@ -521,7 +544,7 @@ def evaluate_saes(
                 site = Site(lm, scope.layer, text, x_by_layer[scope.layer], own, scope.keep[i], scope.mean_D)
                 for subject in group:
                     subject.update(site)
-        bar.update(int(text[1].sum()))
+        bar.update(int((text[1] > 0).sum()))
     bar.close()
 
     settings = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .buffer import ActivationBuffer
+from .buffer import ActivationBuffer, Mask
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
@@ -248,7 +248,7 @@ def finish_training(plan: Plan, buffer: Any, loop: Any, wandb_ids: list[str], se
 
 def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
     """Evaluate SAE folders on the same held-out text; returns the results of those that could be loaded."""
-    world, saes, norm_bounds = plan.world, [], {}
+    world, saes, masks = plan.world, [], {}
     for folder in folders[len(folders) * world.rank // world.size : len(folders) * (world.rank + 1) // world.size]:
         try:
             ae, config = load_dictionary(folder)
@@ -258,22 +258,18 @@ def evaluate(plan: Plan, folders: list[Path]) -> dict[Path, dict[str, Any]]:
         except (ValueError, OSError) as error:
             print(f"not evaluated: {folder}: {error}", file=sys.stderr)
             continue
-        layer = int(config["trainer"]["layer"])
-        saes.append((str(folder), ae, layer))
-        if config["buffer"].get("median_norm"):
-            norm_bounds[layer] = config["buffer"]["median_norm"] * config["buffer"]["max_norm_multiple"]
-    shares = world.gather((len(saes), norm_bounds))
-    if not any(n for n, _ in shares):
+        saes.append((str(folder), ae, int(config["trainer"]["layer"])))
+        masks[str(folder)] = Mask.of({"mask": plan.sweep.mask} | config["buffer"])
+    if not any(world.gather(len(saes))):
         raise ValueError(f"there is no SAE to evaluate in {', '.join(map(str, folders)) or plan.folder}.")
-    norm_bounds = {layer: bound for _, bounds in shares for layer, bound in bounds.items()}
-    parts = world.gather(world.together(lambda: evaluate_share(plan, saes, norm_bounds) if saes else {}))
+    parts = world.gather(world.together(lambda: evaluate_share(plan, saes, masks) if saes else {}))
     results = {Path(name): result for part in parts for name, result in part.items()}
     if world.rank == 0:
         print_table(results, plan.rows)
     return results
 
 
-def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: dict[int, float]) -> dict[str, Any]:
+def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], masks: dict[str, Mask]) -> dict[str, Any]:
     """Evaluate this rank's share of the SAEs, (folder, SAE, layer), and write what comes out into their folders."""
     lm = open_model(plan)
     text = open_text(plan, lm.tokenizer, evaluation=True)
@@ -291,8 +287,7 @@ def evaluate_share(plan: Plan, saes: list[tuple[str, Any, int]], norm_bounds: di
         lm,
         saes,
         batches,
-        mask=plan.sweep.mask,
-        norm_bounds=norm_bounds,
+        masks=masks,
         hyperparameters={"dataset": plan.sweep.eval_dataset, "held_out": plan.held_out},
         show_progress=plan.world.rank == 0,
     )

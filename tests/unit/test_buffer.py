@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dictionary_learning.buffer import ActivationBuffer, position_mask
+from dictionary_learning.buffer import MARK, ActivationBuffer, position_mask
 from dictionary_learning.model import load_model
 
 BOS, LAYERS, D = 0, (1, 3), 4
@@ -27,7 +27,7 @@ class Texts:
         tokens_BL = 1 + 6 * texts_B[:, None] + torch.arange(6)
         tokens_BL[:, 0] = BOS
         mask_BL = (texts_B[:, None] % 3 != 2) | (torch.arange(6) < 4)
-        return tokens_BL, mask_BL
+        return tokens_BL, torch.where(tokens_BL == BOS, MARK, mask_BL.int())
 
     def __iter__(self):
         return self
@@ -42,7 +42,7 @@ class Texts:
 class TaggingLM:
     """x = (token id + layer / 10, 1000, 0, 0), and in the layers of `outliers` 100 times that at its token ids."""
 
-    name, device, dtype, activation_dim, bos_id = "a model", torch.device("cpu"), torch.float32, D, BOS
+    name, device, dtype, activation_dim = "a model", torch.device("cpu"), torch.float32, D
 
     def __init__(self, outliers: dict[int, set[int]] | None = None, most_texts: int = 1000):
         self.outliers, self.most_texts = outliers or {}, most_texts
@@ -72,7 +72,7 @@ def ids(batches, layer=LAYERS[0]):
 
 def text_ids(with_bos=False):
     tokens_BL, mask_BL = next(Texts(batch_size=1000))
-    return tokens_BL[mask_BL if with_bos else mask_BL & (tokens_BL != BOS)].tolist()
+    return tokens_BL[mask_BL > 0 if with_bos else mask_BL == 1].tolist()
 
 
 @pytest.mark.parametrize("llm_batch_size, n_tokens, out_batch_size", [(3, 60, 8), (1, 8, 8), (40, 9, 5), (7, 10**4, 3)])
@@ -194,19 +194,19 @@ def test_the_median_is_that_of_the_first_llm_batch_without_bos_and_padding():
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_the_mask_drops_and_counts_bos_wherever_it_stands_padding_outliers_and_what_is_not_finite(number):
-    tokens_BL = torch.tensor([[BOS, 5, BOS, 6, 7, 8, 9, BOS]])
-    mask_BL = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]).bool()
+def test_the_mask_drops_and_counts_marks_padding_outliers_and_what_is_not_finite(number):
+    mask_BL = torch.tensor([[MARK, 1, MARK, 1, 1, 1, 0, 0]], dtype=torch.uint8)
     x_BLD = torch.ones(1, 8, D, dtype=torch.bfloat16)
     x_BLD[0, 3], x_BLD[0, 4, 0] = 50, number
-    args = tokens_BL, mask_BL, {2: x_BLD}, BOS
+    args = mask_BL, {2: x_BLD}
     keep_BL, counts = position_mask(*args, norm_bound={2: 20.0})
     assert keep_BL.tolist() == [[False, True, False, False, False, True, False, False]]
     assert counts == {"tokens": 6, "padding": 2, "bos": 2, "nonfinite": 1, "outliers": 1}
-    finite_BL = mask_BL.clone()
+    finite_BL = mask_BL > 0
     finite_BL[0, 4] = False
-    assert torch.equal(position_mask(*args)[0], finite_BL & (tokens_BL != BOS))
+    assert torch.equal(position_mask(*args)[0], finite_BL & (mask_BL != MARK))
     assert torch.equal(position_mask(*args, drop_bos=False)[0], finite_BL)
+    assert torch.equal(position_mask(mask_BL.bool(), {2: x_BLD})[0], finite_BL)  # bools tell no marks
 
 
 @pytest.mark.parametrize("most_texts, halvings", [(8, 0), (7, 1), (4, 1), (3, 2), (1, 3)])
@@ -246,7 +246,7 @@ def test_it_serves_a_real_models_activations_in_its_dtype(tiny_model_folder):
     buffer = make(Texts(batch_size=40), lm, layers=[0, 2], n_tokens=1000)
     tokens_BL, mask_BL = next(Texts(batch_size=40))
     x_by_layer = lm.activations(tokens_BL, mask_BL, [0, 2])
-    keep_BL = position_mask(tokens_BL, mask_BL, x_by_layer, lm.bos_id, buffer.norm_bound)[0]
+    keep_BL = position_mask(mask_BL, x_by_layer, buffer.norm_bound)[0]
     batches = list(buffer)
     for layer in [0, 2]:
         served = torch.cat([batch[layer] for batch in batches])
@@ -267,9 +267,7 @@ def test_too_little_text_for_one_batch(n):
 
 def test_a_model_without_a_single_number(monkeypatch):
     lm = TaggingLM()
-    broken = SimpleNamespace(
-        **{name: getattr(lm, name) for name in ("name", "device", "dtype", "activation_dim", "bos_id")}
-    )
+    broken = SimpleNamespace(**{name: getattr(lm, name) for name in ("name", "device", "dtype", "activation_dim")})
     broken.activations = lambda tokens, mask, layers: {
         layer: torch.full((*tokens.shape, D), float("nan"), dtype=lm.dtype) for layer in layers
     }

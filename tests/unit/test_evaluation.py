@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dictionary_learning.buffer import Mask
+from dictionary_learning.buffer import MARK, Mask
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderTopK,
@@ -57,15 +57,16 @@ def lm(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def text(lm):
-    """(tokens_BL, mask_BL) of all contexts, which the model itself wrote: bos first, two of them padded."""
+    """(tokens_BL, mask_BL) of all contexts, which the model itself wrote: a marked bos first, two of them padded."""
     generator = torch.Generator().manual_seed(1)
     tokens_BL = torch.zeros(CONTEXTS, 1, dtype=torch.long)
     while tokens_BL.shape[1] < L:
         logits_BLV, _ = lm.run(tokens_BL, torch.ones_like(tokens_BL))
         letters_BV = logits_BLV[:, -1, 1:].softmax(-1)
         tokens_BL = torch.cat([tokens_BL, 1 + letters_BV.multinomial(1, generator=generator)], dim=1)
-    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.bool)
-    mask_BL[2, 8:] = mask_BL[5, 3:] = False
+    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.uint8)
+    mask_BL[:, 0] = MARK
+    mask_BL[2, 8:] = mask_BL[5, 3:] = 0
     return tokens_BL, mask_BL
 
 
@@ -96,9 +97,9 @@ def in_batches(text, size):
 
 def scored(text):
     """Positions whose predictions count: not bos, and a real token follows."""
-    tokens_BL, mask_BL = text
-    scored_BL = mask_BL & (tokens_BL != 0)
-    scored_BL[:, :-1] &= mask_BL[:, 1:]
+    mask_BL = text[1]
+    scored_BL = mask_BL == 1
+    scored_BL[:, :-1] &= mask_BL[:, 1:] > 0
     scored_BL[:, -1] = False
     return scored_BL
 
@@ -227,7 +228,7 @@ def test_losses_equal_those_of_the_model_with_its_layer_overwritten(lm, text):
     tokens_BL, mask_BL = text
     dictionary = sae(AutoEncoder)
     results = evaluate_saes(lm, [("sae", dictionary, LAYER)], in_batches(text, CONTEXTS))["sae"].results
-    keep_BL, scored_BL = mask_BL & (tokens_BL != 0), scored(text)
+    keep_BL, scored_BL = mask_BL == 1, scored(text)
     x_mean_D = lm.activations(*text, [LAYER])[LAYER][keep_BL].mean(0)
 
     def log_probs(replace) -> torch.Tensor:
@@ -237,7 +238,7 @@ def test_losses_equal_those_of_the_model_with_its_layer_overwritten(lm, text):
 
         handle = lm.layers[LAYER].register_forward_hook(hook)
         with torch.no_grad():
-            logits_BLV = lm.model(tokens_BL, attention_mask=mask_BL.long(), use_cache=False).logits
+            logits_BLV = lm.model(tokens_BL, attention_mask=(mask_BL > 0).long(), use_cache=False).logits
         handle.remove()
         return logits_BLV.double().log_softmax(-1)
 
@@ -297,8 +298,8 @@ class Counting:
 
 def test_every_sae_has_its_own_mask_whatever_the_others_of_its_layer_have(lm, text):
     """Also where another one's leaves nothing; and what masks have in common is computed once."""
-    tokens_BL, mask_BL = text
-    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL & (tokens_BL != 0)].norm(dim=1)
+    mask_BL = text[1]
+    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL == 1].norm(dim=1)
     low, middle = float(norms_N.quantile(0.3)), float(norms_N.quantile(0.6))
     masks = {"low": Mask(norm_bound=low), "middle": Mask(norm_bound=middle), "same": Mask(norm_bound=middle + 1e-6)}
     masks |= {"all": Mask(drop_bos=False), "none": Mask(norm_bound=1e-9), "free": Mask()}
@@ -317,7 +318,7 @@ def test_every_sae_has_its_own_mask_whatever_the_others_of_its_layer_have(lm, te
         assert torch.equal(together[name].density_F, alone.density_F)
     n_tokens = {name: evaluation.results["n_tokens"] for name, evaluation in together.items()}
     assert n_tokens["low"] == int((norms_N <= low).sum()) < n_tokens["middle"] == n_tokens["same"] < n_tokens["free"]
-    assert n_tokens["all"] == int(mask_BL.sum())
+    assert n_tokens["all"] == int((mask_BL > 0).sum())
 
 
 def test_the_mask_of_an_sae_is_that_of_its_training():
@@ -354,7 +355,7 @@ class Overflowing:
 
 def test_activations_that_overflow_are_counted_apart_and_said(lm, text):
     tokens_BL, mask_BL = (tensor.repeat(40, 1) for tensor in text)
-    saes, n_tokens = [("sae", sae(AutoEncoder), LAYER), ("other", sae(AutoEncoder), 2)], int(mask_BL.sum())
+    saes, n_tokens = [("sae", sae(AutoEncoder), LAYER), ("other", sae(AutoEncoder), 2)], int((mask_BL > 0).sum())
     for positions in ([(0, 3), (1, 4)], [(7 * i, 3) for i in range(n_tokens // 1000 + 1)]):
         overflowing = Overflowing(lm, positions)
         evaluations = evaluate_saes(overflowing, saes, [(tokens_BL, mask_BL)])
@@ -388,7 +389,7 @@ class Meddled:
     """The model, with other activations where the mask excludes a position."""
 
     def __init__(self, lm, text):
-        self.lm, self.excluded, self.spliced = lm, ~text[1] | (text[0] == 0), []
+        self.lm, self.excluded, self.spliced = lm, text[1] != 1, []
 
     def __getattr__(self, name):
         return getattr(self.lm, name)
@@ -428,9 +429,9 @@ def test_masked_positions_keep_their_activation_and_count_nowhere(lm, text):
 
 def test_the_mask_follows_its_policy(lm, text):
     saes, batches = [("sae", sae(AutoEncoder), LAYER)], in_batches(text, 3)
-    tokens_BL, mask_BL = text
-    n_real, n_bos = int(mask_BL.sum()), CONTEXTS
-    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL & (tokens_BL != 0)].norm(dim=1)
+    mask_BL = text[1]
+    n_real, n_bos = int((mask_BL > 0).sum()), CONTEXTS
+    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL == 1].norm(dim=1)
     bound = float(norms_N.median()) + 1e-3
     masks = [Mask(drop_bos=False), Mask(), Mask(norm_bound=bound)]
     unmasked, default, bounded = (evaluate_saes(lm, saes, batches, masks={"sae": m})["sae"].results for m in masks)
@@ -441,14 +442,14 @@ def test_the_mask_follows_its_policy(lm, text):
     settings = bounded["hyperparameters"]
     assert settings["norm_bound"] == bound
     n_outliers = default["n_tokens"] - bounded["n_tokens"]
-    expected = {"tokens": n_real, "padding": int((~mask_BL).sum()), "bos": n_bos}
+    expected = {"tokens": n_real, "padding": int((mask_BL == 0).sum()), "bos": n_bos}
     expected |= {"nonfinite": 0, "outliers": n_outliers}
     assert settings["positions"] == expected
     assert bounded["loss_original"] != default["loss_original"]
 
 
 def test_text_without_a_position_to_evaluate_is_one_clear_error(lm):
-    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
+    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), MARK))
     for batches in ([], [only_bos]):
         with pytest.raises(ValueError, match="evaluation text"):
             evaluate_saes(lm, [("sae", sae(AutoEncoder), LAYER)], batches)
