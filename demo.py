@@ -176,7 +176,7 @@ def run(args: argparse.Namespace, world: "World") -> int:
     from dictionary_learning.run import carry_out, check, evaluate_only, upload
 
     if args.upload_only is not None:
-        return upload(args.upload_only, args.hf_repo_id, args.private) if world.rank == 0 else 0
+        return upload(args.upload_only, args.hf_repo_id, args.private, args.overwrite) if world.rank == 0 else 0
     plan = world.together(lambda: make_plan(args, world))
     if args.eval_only is not None:
         return evaluate_only(plan)

@@ -334,7 +334,10 @@ def check(plan: Plan) -> None:
     if options.hf_repo_id and not options.dry_run:
         from .hub import check_repo
 
-        print(check_repo(options.hf_repo_id, private=options.private) or f"uploads go to {options.hf_repo_id}")
+        print(
+            check_repo(options.hf_repo_id, options.private, run_folder=plan.folder, overwrite=options.overwrite)
+            or f"uploads go to {options.hf_repo_id}"
+        )
 
 
 def carry_out(plan: Plan) -> int:
@@ -371,8 +374,8 @@ def carry_out(plan: Plan) -> int:
     if options.report:
         from .report import write_reports
 
-        write_reports(plan.folder, device=plan.device)
-    return upload(plan.folder, options.hf_repo_id, options.private) if options.hf_repo_id else 0
+        write_reports(plan.folder, device=plan.device, trust_remote_code=options.trust_remote_code)
+    return upload(plan.folder, options.hf_repo_id, options.private, options.overwrite) if options.hf_repo_id else 0
 
 
 def evaluate_only(plan: Plan) -> int:
@@ -393,10 +396,10 @@ def plot(folder: Path) -> None:
     print(f"plot: {folder / 'pareto.png'}")
 
 
-def upload(folder: str | Path, repo_id: str | None, private: bool) -> int:
+def upload(folder: str | Path, repo_id: str | None, private: bool, overwrite: bool) -> int:
     from .hub import upload_run
 
     if repo_id is None:
         raise ValueError("--upload_only needs --hf_repo_id USER/REPO.")
-    print(f"uploaded to {upload_run(folder, repo_id, private=private)}")
+    print(f"uploaded to {upload_run(folder, repo_id, private=private, overwrite=overwrite)}")
     return 0

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "tracking": "",
     "plotting": "files",
     "model_card": "files plotting",
-    "hub": "model_card",
+    "hub": "files model_card",
     "report": "buffer data dictionary evaluation files formats model plotting",
     "plan": "data model sweep world",
     "run": "buffer evaluation files formats hub kernels model plan plotting report state sweep tracking training world",
