@@ -219,6 +219,7 @@ def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
         group=plan.folder.name,
         folder=plan.folder,
         ids=[ids[i] for i in mine] if ids else [],
+        histories=[plan.sae_folders[i] / "metrics.jsonl" for i in mine],
     )
 
 

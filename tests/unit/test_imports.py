@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "buffer": "world",
     "evaluation": "buffer dictionary model",
     "training": "files formats kernels trainers world",
-    "tracking": "",
+    "tracking": "files",
     "plotting": "files",
     "model_card": "files plotting",
     "hub": "files model_card",
