@@ -124,6 +124,7 @@ def batches_of(work: dict[str, Any], tokenizer: Any) -> list[tuple[torch.Tensor,
 
 
 def ours(work: dict[str, Any]) -> Callable[[], Losses]:
+    from dictionary_learning.buffer import Mask
     from dictionary_learning.dictionary import AutoEncoderTopK
     from dictionary_learning.evaluation import evaluate_saes
 
@@ -131,7 +132,8 @@ def ours(work: dict[str, Any]) -> Callable[[], Losses]:
 
     def run() -> Losses:
         subjects = [(folder, sae, work["layer"]) for folder, sae in saes.items()]
-        evaluations = evaluate_saes(lm, subjects, batches_of(work, lm.tokenizer), mask=False)
+        masks = dict.fromkeys(saes, Mask(drop_bos=False))
+        evaluations = evaluate_saes(lm, subjects, batches_of(work, lm.tokenizer), masks=masks)
         losses = {}
         for folder, (results, _) in evaluations.items():
             # the reference's TopK SAE does not use its threshold

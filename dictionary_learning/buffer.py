@@ -3,22 +3,25 @@
     text, in shards -> ActivationSource: LLM, mask, exchange between ranks -> ActivationBuffer: shuffling -> SAEs
 
 B texts or rows in a batch, L positions, D activation_dim (0 for a layer that no SAE of this rank reads), C capacity,
-U unread rows, N rows of one LLM batch, W LLM batches of a wave.
+U unread rows, P positions and N rows of one LLM batch, W LLM batches of a wave.
 """
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .world import World
 
+MARK = 2  # in a mask of positions
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
 
 
@@ -27,32 +30,71 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
+class Mask(NamedTuple):
+    """Which positions an SAE is trained and scored on."""
+
+    drop_bos: bool = True
+    norm_bound: float | None = None  # of its layer: a position of larger norm is an outlier; None: no such rule
+
+    @classmethod
+    def of(cls, buffer_config: Mapping[str, Any]) -> "Mask":
+        """The mask of an SAE's training, as the "buffer" of its config.json tells; without one, bos alone is out."""
+        median = buffer_config.get("median_norm")
+        bound = median * buffer_config["max_norm_multiple"] if median else None
+        return cls(buffer_config.get("mask", True), bound)
+
+
 def position_mask(
-    tokens_BL: Tensor,
     mask_BL: Tensor,
     x_by_layer: dict[int, Tensor],
-    bos_id: int,
     norm_bound: dict[int, float] | None = None,
     drop_bos: bool = True,
 ) -> tuple[Tensor, dict[str, int]]:
     """The positions that SAEs are trained and scored on, the same in the norm estimate, training and metrics.
 
-    Dropped are padding, the bos token wherever it stands (where bos is eos, the joints of packed documents too), and
-    the positions whose norm in any layer is above that layer's bound or is no number.
+    Dropped are padding, with `drop_bos` the marks that were put between the texts (bos, what joins packed documents;
+    not the same tokens where the text has them), the positions whose activation in any layer is not finite, and those
+    whose norm in any layer is above its bound.
+    mask_BL: 0 is padding, 1 text, `MARK` a mark; one of bools tells no marks.
     norm_bound: {layer: largest norm}, None to keep all norms. x_by_layer: {layer: x_BLD}.
     Returns keep_BL on the activations' device, and the counts of "tokens" (positions that are not padding),
-    "padding", "bos" and "outliers"; what is kept is tokens - bos - outliers.
+    "padding", "bos", "nonfinite" and "outliers"; what is kept is tokens - bos - nonfinite - outliers.
     """
     device = next(iter(x_by_layer.values())).device
-    text_BL = mask_BL.to(device, torch.bool)
-    inner_BL = text_BL & (tokens_BL.to(device) != bos_id) if drop_bos else text_BL
-    keep_BL = inner_BL
-    if norm_bound is not None:
-        for layer, x_BLD in x_by_layer.items():
-            keep_BL = keep_BL & (_norms(x_BLD) <= norm_bound[layer])
-    sums = [text_BL.sum(), (~text_BL).sum(), (text_BL ^ inner_BL).sum(), (inner_BL ^ keep_BL).sum()]
-    tokens, padding, bos, outliers = torch.stack(sums).tolist()
-    return keep_BL, {"tokens": tokens, "padding": padding, "bos": bos, "outliers": outliers}
+    mask_BL = mask_BL.to(device)
+    text_BL = mask_BL > 0
+    inner_BL = text_BL & (mask_BL < MARK) if drop_bos else text_BL
+    finite_BL, keep_BL = inner_BL, inner_BL
+    for layer, x_BLD in x_by_layer.items():
+        norms_BL = _norms(x_BLD)
+        finite_BL = finite_BL & norms_BL.isfinite()
+        if norm_bound is not None:
+            keep_BL = keep_BL & (norms_BL <= norm_bound[layer])
+    keep_BL = keep_BL & finite_BL
+    sums = [part_BL.sum() for part_BL in (text_BL, ~text_BL, text_BL ^ inner_BL, inner_BL ^ finite_BL)]
+    counts = torch.stack([*sums, (finite_BL ^ keep_BL).sum()]).tolist()
+    return keep_BL, dict(zip(("tokens", "padding", "bos", "nonfinite", "outliers"), counts, strict=True))
+
+
+# what to do where a dtype's range is too small for a model
+WIDER = {torch.float16: "run the model with --dtype bfloat16", torch.bfloat16: "run the model with --dtype float32"}
+MOST_NONFINITE = 1 / 1000  # of the positions
+FEW_POSITIONS = 100_000  # before so many are read, the share is taken of this number
+
+
+def nonfinite_sentence(counts: Mapping[str, int], lm: Any) -> str | None:
+    """What to say of the "nonfinite" among the counts of `position_mask`; None where all are finite."""
+    if not counts["nonfinite"]:
+        return None
+    return (
+        f"{counts['nonfinite']:,} of {counts['tokens']:,} positions have activations of {lm.name} that are not finite "
+        f"in {lm.dtype}: {WIDER.get(lm.dtype, 'look for the fault in the model itself')}"
+    )
+
+
+def too_many_nonfinite(counts: Mapping[str, int], at_least: int = 1) -> bool:
+    """Whether these are more than leaving them out can mend; at_least: of so many, where fewer were read so far."""
+    return counts["nonfinite"] > MOST_NONFINITE * max(counts["tokens"], at_least)
 
 
 @dataclass
@@ -86,7 +128,8 @@ class ActivationSource:
         "median_norms",
         "_turn",
     )
-    _REPORT = ("rows", "ended", "failed", "texts", "length", "halvings", "tokens", "padding", "bos", "outliers")
+    COUNTS = ("tokens", "padding", "bos", "nonfinite", "outliers")
+    _REPORT = ("rows", "ended", "failed", "texts", "length", "halvings", *COUNTS)
 
     def __init__(
         self,
@@ -103,11 +146,12 @@ class ActivationSource:
         self.shards, self.lm, self.layers, self.readers, self.world = shards, lm, layers, readers, world
         self.device, self.mask, self.max_norm_multiple = device, mask, max_norm_multiple
         # equal on all ranks, except for the seconds
-        self.counts = {"tokens": 0, "padding": 0, "bos": 0, "outliers": 0}
+        self.counts = dict.fromkeys(self.COUNTS, 0)
         self.seconds = {"text": 0.0, "llm": 0.0} | ({"exchange": 0.0} if world.size > 1 else {})
         self.llm_batch_halvings = 0
         self.llm_batch_size = self.context_length = 0  # the largest seen
         self.median_norms: dict[int, float] = {}
+        self._warned = False
         self._turn = 0
         self._ended = [False] * len(shards)
         self._put_back: dict[int, tuple[Any, Any]] = {}  # {shard: (a batch to be taken again, the state before it)}
@@ -218,10 +262,20 @@ class ActivationSource:
         self.llm_batch_size = max(self.llm_batch_size, numbers["texts"])
         self.context_length = max(self.context_length, numbers["length"])
         self.llm_batch_halvings = max(self.llm_batch_halvings, numbers["halvings"])
+        self.check_finite(at_least=FEW_POSITIONS)
         medians = dict(zip(self.layers, report[len(self._REPORT) :], strict=True))
         if not self.median_norms and all(medians.values()):
             self.median_norms = medians
         return numbers["rows"]
+
+    def check_finite(self, at_least: int = 1) -> None:
+        """Warn once of activations that are not finite; ValueError, on all ranks, where they are too many."""
+        sentence = nonfinite_sentence(self.counts, self.lm)
+        if too_many_nonfinite(self.counts, at_least):
+            raise ValueError(sentence)
+        if sentence and not self._warned and at_least == 1 and self.world.rank == 0:
+            self._warned = True
+            warnings.warn(f"{sentence}; these are left out", stacklevel=2)
 
     def _take(self, shard: int) -> tuple[Any, Any]:
         """(the next batch of a shard or None, the state before it)."""
@@ -238,29 +292,26 @@ class ActivationSource:
         x_by_layer = self._activations(tokens_BL, mask_BL)
         medians = {}
         if self.mask and not self.median_norms:
-            medians = self.median_norms = self._medians(tokens_BL, mask_BL, x_by_layer)
-        keep_BL, counts = position_mask(
-            tokens_BL, mask_BL, x_by_layer, self.lm.bos_id, self.norm_bound(), drop_bos=self.mask
-        )
+            medians = self.median_norms = self._medians(mask_BL, x_by_layer)
+        keep_BL, counts = position_mask(mask_BL, x_by_layer, self.norm_bound(), drop_bos=self.mask)
         kept_N = keep_BL.flatten().nonzero().squeeze(1)
-        rows = {layer: x_BLD.flatten(0, 1).index_select(0, kept_N) for layer, x_BLD in x_by_layer.items()}
-        rows = {layer: x_ND.to(self.device, self.lm.dtype) for layer, x_ND in rows.items()}
+        flat = {layer: rearrange(x_BLD, "b l d -> (b l) d") for layer, x_BLD in x_by_layer.items()}
+        rows = {k: x_PD.index_select(0, kept_N).to(self.device, self.lm.dtype) for k, x_PD in flat.items()}
         self.seconds["llm"] += perf_counter() - start
         said = {"rows": len(kept_N), "ended": 0, "failed": 0, "texts": len(tokens_BL), "length": tokens_BL.shape[1]}
         said |= {"halvings": self.llm_batch_halvings, **counts}
         return rows, [*(said[name] for name in self._REPORT), *(medians.get(layer, 0.0) for layer in self.layers)]
 
-    def _medians(self, tokens_BL: Tensor, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
-        """{layer: median norm} over the positions that are neither bos nor padding; empty where there are none."""
-        keep_BL, _ = position_mask(tokens_BL, mask_BL, x_by_layer, self.lm.bos_id)
+    def _medians(self, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
+        """{layer: median norm} over the positions that are text and finite; empty where there are none."""
+        keep_BL, _ = position_mask(mask_BL, x_by_layer)
         if not keep_BL.any():
             return {}
-        medians = {layer: _norms(x_BLD)[keep_BL].nanmedian().item() for layer, x_BLD in x_by_layer.items()}
+        medians = {layer: _norms(x_BLD)[keep_BL].median().item() for layer, x_BLD in x_by_layer.items()}
         for layer, median in medians.items():
-            if not 0 < median < float("inf"):
+            if median == 0:
                 raise ValueError(
-                    f"the activations of layer {layer} of {self.lm.name} have a median norm of {median} "
-                    f"in {self.lm.dtype}: try another dtype"
+                    f"most activations of layer {layer} of {self.lm.name} are 0 in {self.lm.dtype}: try another dtype"
                 )
         return medians
 
@@ -296,6 +347,7 @@ class ActivationSource:
         seconds = self.seconds
         for name in self._PLAIN_STATE:
             setattr(self, name, deepcopy(state["source"][name]))
+        self.counts = dict.fromkeys(self.COUNTS, 0) | self.counts  # a state of before something was counted
         self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
         self._put_back.clear()
         self._ended = [False] * len(self.shards)  # there may be more text by now
@@ -314,12 +366,13 @@ class ActivationBuffer:
 
     batches: iterator of (tokens_BL, mask_BL) with state_dict and load_state_dict, or a list of them, the shards of the
         text (`ActivationSource`).
-    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype, bos_id).
+    lm: a `model.LanguageModel` (what is used: activations, activation_dim, name, device, dtype).
     n_tokens: C. seed: of the order in which positions are served.
     mask: False keeps every position that is not padding.
     max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.
     readers: {layer: the ranks that read it}, all of them by default.
-    Raises ValueError where C is smaller than a batch, and, at the first fill, where the whole text is.
+    Raises ValueError where C is smaller than a batch and, at the first fill, where the whole text is; and where more
+    than a thousandth of the positions have activations that are not finite. Of fewer it warns, once.
     """
 
     def __init__(
@@ -380,7 +433,7 @@ class ActivationBuffer:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Positions of the text so far, on all ranks: "tokens", "padding", and of the tokens "bos" and "outliers"."""
+        """Positions of the text so far, on all ranks, by what `position_mask` calls them."""
         return self.source.counts
 
     @property
@@ -450,6 +503,7 @@ class ActivationBuffer:
             if len(rest[self.layers[0]]):
                 self._surplus.appendleft(rest)
             self._cursor -= n
+        self.source.check_finite()
         unread_U = self._order_C[self._cursor :]
         order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
         self._order_C[self._cursor :] = unread_U[order_U]

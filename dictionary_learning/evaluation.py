@@ -3,21 +3,22 @@
 Every metric is a ratio of float64 sums over all tokens, never a mean of ratios of batches, so none depends on the batch
 size. Standard errors take contexts as independent, the tokens of one context not.
 
-B contexts in the batch, L positions, V vocabulary, N unmasked tokens, D activation_dim, F dict_size,
-S samples (contexts), M summed quantities.
+B contexts in the batch, L positions, P all B L of them, N some, mostly the unmasked, V vocabulary, D activation_dim,
+F dict_size, S samples (contexts), M summed quantities.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dictionary_learning.buffer import position_mask
-from dictionary_learning.dictionary import Dictionary, TopKDictionary
+from dictionary_learning.buffer import Mask, nonfinite_sentence, position_mask, too_many_nonfinite
+from dictionary_learning.dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
 from dictionary_learning.model import LanguageModel
 
 # Tokens an SAE sees at a time. It bounds the N x F tensors, and it is the "batch" of a per-batch top-k: unmasked
@@ -36,6 +37,29 @@ TOPK_METRICS = "l0 l2_loss frac_variance_explained loss_reconstructed frac_recov
 
 Results = dict[str, Any]
 Text = tuple[Tensor, Tensor]  # tokens_BL, mask_BL
+
+
+def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `data.open_batches` for the text on which a run is evaluated; tokenizer and batches aside.
+
+    settings: those of its run.json. Whoever reads that text asks here, so that all read the same. Where evaluation has
+    no split, subset or column of its own, split and column are those of training; the subset too, if the text is the
+    held-out part of the training set.
+    """
+    held_out = settings["eval_is_held_out"]
+    own = {name: settings.get(f"eval_{name}") for name in ("split", "subset", "text_column")}
+    training = {name: settings.get(name) for name in own}
+    if not held_out:
+        training["subset"] = None
+    names = {"context_length": "context_length", "mixed_dataset": "mixed", "chat_dataset": "chat_dataset"}
+    names |= {"chat_fraction": "chat_fraction", "pack_chats": "chat_pack"}
+    return {
+        "dataset": settings["eval_dataset"],
+        "held_out": held_out or None,  # None: all of it
+        "seed": settings.get("random_seeds", [0])[0],
+        **{name: own[name] or training[name] for name in own if own[name] or training[name]},
+        **{argument: settings[name] for name, argument in names.items() if name in settings},
+    }
 
 
 class Evaluation(NamedTuple):
@@ -103,7 +127,9 @@ class Metrics:
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
         if self.n_tokens == 0:
             self._centre_D = x_ND.mean(0)  # of the first tokens: near the mean, a variance keeps its digits
-        active_NF, error_ND, centred_ND = f_NF != 0, x_ND - x_hat_ND, x_ND - self._centre_D
+        # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
+        active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
+        error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self._centre_D
         norm_N, norm_hat_N, dot_N = x_ND.norm(dim=1), x_hat_ND.norm(dim=1), (x_ND * x_hat_ND).sum(1)
         tiny = torch.finfo(wide).tiny
         quantities_N = {
@@ -124,7 +150,7 @@ class Metrics:
         self.n_tokens += len(x_ND)
         self._x_sum_D = self._x_sum_D + centred_ND.sum(0).cpu()
         self._error_sum_D = self._error_sum_D + error_ND.sum(0).cpu()
-        self._fired_F = self._fired_F + active_NF.sum(0).cpu()
+        self._fired_F = self._fired_F + active_NF.sum(0).cpu().double()
 
     def density_F(self) -> Tensor | None:
         """Share of the tokens on which each latent fires, None before the first."""
@@ -186,37 +212,59 @@ def evaluate(
     return metrics.compute()
 
 
-def log_probabilities(logits_BLV: Tensor) -> Tensor:
-    """log softmax in float32, written over the logits if that is what they are in."""
-    log_p_BLV = logits_BLV.float()
-    for log_p_LV in log_p_BLV:
-        for log_p_NV in log_p_LV.split(_positions(log_p_BLV)):
-            log_p_NV.copy_(log_p_NV.log_softmax(-1))
-    return log_p_BLV
+class Predictions(NamedTuple):
+    """What the model itself predicts at all P = B L positions of a batch of text."""
+
+    q_PV: Tensor  # probabilities, float32
+    cross_entropy_BL: Tensor  # of the next token, in nats; float64, on the CPU
+    negentropy_BL: Tensor  # sum q log q, likewise
 
 
-def _positions(logits_BLV: Tensor) -> int:
-    """How many at a time: a copy of all logits can be larger than the model."""
-    n_logits = CACHED_LOGITS if logits_BLV.device.type == "cpu" else LOGITS_AT_A_TIME
-    return max(1, n_logits // logits_BLV.shape[-1])
+def predictions(logits_BLV: Tensor, tokens_BL: Tensor) -> Predictions:
+    """The model's own; q is written over the logits where it can be: a copy can be larger than the model."""
+    q_PV = rearrange(logits_BLV.float(), "b l v -> (b l) v")
+    sums = []
+    for logits_NV, next_N in _pieces(tokens_BL, q_PV):
+        log_q_NV = logits_NV.log_softmax(-1)
+        q_NV = torch.exp(log_q_NV, out=logits_NV)
+        sums.append(_cross_entropies(log_q_NV, q_NV, next_N))
+    return Predictions(q_PV, *_by_position(sums, tokens_BL))
 
 
-def token_losses(logits_BLV: Tensor, log_q_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits_BLV: Tensor, own: Predictions, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of the next token, and KL(q || p), in nats: two (B, L) float64 tensors on the CPU.
 
-    logits_BLV: of p. log_q_BLV: what `log_probabilities` makes of the model's own logits. The last position has no next
-    token; its cross entropy means nothing.
+    logits_BLV: of p. own: of q, the model itself. The last position has no next token; its cross entropy means nothing.
     """
-    next_BL = tokens_BL.roll(-1, dims=1).to(logits_BLV.device)
-    pieces = (tensor.flatten(0, 1).split(_positions(logits_BLV)) for tensor in (logits_BLV, log_q_BLV, next_BL))
-    losses = []
-    for logits_NV, log_q_NV, next_N in zip(*pieces, strict=True):
-        log_p_NV = logits_NV.float().log_softmax(-1)
-        cross_entropy_N = -log_p_NV.gather(1, next_N[:, None]).squeeze(1)
-        kl_N = torch.linalg.vecdot(log_q_NV.exp(), torch.sub(log_q_NV, log_p_NV, out=log_p_NV))
-        losses.append(torch.stack([cross_entropy_N, kl_N]).cpu().double())
-    cross_entropy_BL, kl_BL = torch.cat(losses, dim=1).view(2, *tokens_BL.shape)
-    return cross_entropy_BL, kl_BL
+    sums = []
+    for logits_NV, q_NV, next_N in _pieces(tokens_BL, rearrange(logits_BLV, "b l v -> (b l) v"), own.q_PV):
+        sums.append(_cross_entropies(logits_NV.float().log_softmax(-1), q_NV, next_N))
+    cross_entropy_BL, q_log_p_BL = _by_position(sums, tokens_BL)
+    return cross_entropy_BL, own.negentropy_BL - q_log_p_BL
+
+
+def _pieces(tokens_BL: Tensor, *tensors_PV: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """A few positions N at a time: of each tensor its (N, V), and the next tokens (N,)."""
+    on_cpu, n_logits = tensors_PV[0].device.type == "cpu", tensors_PV[0].shape[-1]
+    n = max(1, (CACHED_LOGITS if on_cpu else LOGITS_AT_A_TIME) // n_logits)
+    next_P = tokens_BL.roll(-1, dims=1).flatten().to(tensors_PV[0].device)
+    return zip(*(tensor.split(n) for tensor in (*tensors_PV, next_P)), strict=True)
+
+
+def _cross_entropies(log_p_NV: Tensor, q_NV: Tensor, next_N: Tensor) -> Tensor:
+    """(2, N): -log p of the next token, and sum q log p."""
+    return torch.stack([-log_p_NV.gather(1, next_N[:, None]).squeeze(1), torch.linalg.vecdot(q_NV, log_p_NV)])
+
+
+def _by_position(sums: list[Tensor], tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+    whole = torch.cat(sums, dim=1).cpu().double()
+    first_BL, second_BL = rearrange(whole, "two (b l) -> two b l", b=len(tokens_BL))
+    return first_BL, second_BL
+
+
+def all_finite(x: Tensor) -> bool:
+    """Told by its extremes, which are nan where an element is: far cheaper than to ask each."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 class Site:
@@ -232,19 +280,18 @@ class Site:
         layer: int,
         text: Text,
         x_BLD: Tensor,
-        log_q_BLV: Tensor,
+        own: Predictions,
         keep_BL: Tensor,
         mean_D: Tensor,
     ):
         self.lm, self.layer, self.text = lm, layer, text
-        self.x_BLD, self.log_q_BLV, self.keep_BL = x_BLD, log_q_BLV, keep_BL
+        self.x_BLD, self.own, self.keep_BL = x_BLD, own, keep_BL
         self.x_ND, self.lengths = x_BLD[keep_BL].float(), keep_BL.sum(1).tolist()
-        followed_BL = text[1].bool().cpu().roll(-1, dims=1)
+        followed_BL = (text[1] > 0).cpu().roll(-1, dims=1)
         followed_BL[:, -1] = False
         self.scored_BL = keep_BL.cpu() & followed_BL
         self.n_scored_S = self._by_context(torch.ones(followed_BL.shape, dtype=torch.float64))
-        next_BL1 = text[0].roll(-1, dims=1).to(log_q_BLV.device)[..., None]
-        self.original_S = self._by_context(-log_q_BLV.gather(2, next_BL1).squeeze(2).cpu().double())
+        self.original_S = self._by_context(own.cross_entropy_BL)
         if not self.original_S.isfinite().all():
             raise ValueError(f"the loss of {lm.name} in {lm.dtype} is not finite on this text: try another dtype.")
         self.zero_S, self.zero_kl_S = self.losses(torch.zeros_like(mean_D))
@@ -259,17 +306,17 @@ class Site:
         x_BLD = self.x_BLD.clone()
         x_BLD[self.keep_BL] = x_hat_ND.to(x_BLD.dtype)
         logits_BLV = self.lm.run_from(self.layer, x_BLD, *self.text)
-        cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.log_q_BLV, self.text[0])
+        cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.own, self.text[0])
         return self._by_context(cross_entropy_BL), self._by_context(kl_BL)
 
 
-def groups_of(lengths: list[int], apart: bool) -> list[list[int]]:
-    """Contexts of these lengths in groups of at most GROUP_TOKENS; a longer one in several, with `apart` each alone."""
+def groups_of(lengths: list[int]) -> list[list[int]]:
+    """Contexts of these lengths in groups of at most GROUP_TOKENS; a longer one in several."""
     groups: list[list[int]] = []
     for length in lengths:
         for start in range(0, length, GROUP_TOKENS):
             n = min(length - start, GROUP_TOKENS)
-            if groups and not apart and sum(groups[-1]) + n <= GROUP_TOKENS:
+            if groups and sum(groups[-1]) + n <= GROUP_TOKENS:
                 groups[-1].append(n)
             else:
                 groups.append([n])
@@ -288,13 +335,17 @@ class Scores:
 
     def update(self, site: Site) -> None:
         """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
-        groups, x_hats = groups_of(site.lengths, self.apart), []
+        groups, x_hats = groups_of(site.lengths), []
         for lengths, x_ND in zip(groups, site.x_ND.split([sum(lengths) for lengths in groups]), strict=True):
-            x_hat_ND, f_NF = self.run(x_ND)
+            if self.apart:
+                ran = [self.run(x_nD) for x_nD in x_ND.split(lengths)]
+                x_hat_ND, f_NF = map(torch.cat, zip(*ran, strict=True))
+            else:
+                x_hat_ND, f_NF = self.run(x_ND)
             self.metrics.update(x_ND, x_hat_ND, f_NF, samples=lengths)
             x_hats.append(x_hat_ND)
         x_hat_ND = torch.cat(x_hats)
-        if not x_hat_ND.isfinite().all():
+        if not all_finite(x_hat_ND):
             raise ValueError("its reconstruction has values that are not finite.")
         reconstructed_S, kl_S = site.losses(x_hat_ND)
         if not reconstructed_S.isfinite().all():
@@ -335,8 +386,8 @@ class Scores:
 class Subject:
     """An SAE under evaluation: scored as it runs by default and, in the top-k family, by exact top-k; or its error."""
 
-    def __init__(self, sae: Dictionary, layer: int, lm: LanguageModel):
-        self.sae, self.layer = sae.to(lm.device, torch.float32), layer
+    def __init__(self, sae: Dictionary, layer: int, mask: Mask, lm: LanguageModel):
+        self.sae, self.layer, self.mask = sae.to(lm.device, torch.float32), layer, mask
         self.error: str | None = None
         self.ways = self._ways()
         if not 0 <= layer < lm.n_layers:
@@ -357,7 +408,8 @@ class Subject:
             f_NF = sae.encode(x_ND, use_threshold=False)
             return sae.decode(f_NF), f_NF
 
-        return [Scores(default, apart=bool(sae.threshold < 0)), Scores(exact_top_k, apart=True)]
+        of_batch = not isinstance(sae, AutoEncoderTopK)  # whose k are those of a token
+        return [Scores(default, apart=of_batch and bool(sae.threshold < 0)), Scores(exact_top_k, apart=of_batch)]
 
     def update(self, site: Site) -> None:
         """Add a batch of this SAE's layer, unless it has failed; a failure is kept, and stops no other SAE."""
@@ -369,45 +421,76 @@ class Subject:
                 self.error = str(error)
                 self.ways = self._ways()  # the sums of half a text are no result
 
-    def evaluation(self, hyperparameters: Results) -> Evaluation:
-        """The results, the reference's keys first."""
+    def evaluation(self, hyperparameters: Results, warning: str | None) -> Evaluation:
+        """The results, the reference's keys first; warning: what to say of the text they were measured on."""
         default, *rest = (way.compute() for way in self.ways)
         results = {name: default[name] for name in REFERENCE_METRICS} | {"hyperparameters": hyperparameters} | default
         if isinstance(self.sae, TopKDictionary):
             results |= {"k": int(self.sae.k)} | {f"topk_{name}": rest[0][name] for name in TOPK_METRICS}
+        warnings = [warning] if warning else []
+        if results["frac_alive"] == 0:
+            warnings.append("no latent fires on this text.")
+        elif isinstance(self.sae, TopKDictionary) and self.sae.threshold < 0:
+            warnings.append("its threshold was never recorded: these are the results of exact top-k.")
         if self.error is not None:
             results["error"] = self.error
-        elif results["frac_alive"] == 0:
-            results["warning"] = "no latent fires on this text."
-        elif isinstance(self.sae, TopKDictionary) and self.sae.threshold < 0:
-            results["warning"] = "its threshold was never recorded: these are the results of exact top-k."
+        elif warnings:
+            results["warning"] = " ".join(warnings)
         return Evaluation(results, self.ways[0].metrics.density_F())
 
 
-class Survey(NamedTuple):
-    """A first pass over the text, by layer. Each layer has its own mask, lest it depend on the others evaluated."""
+class Scope:
+    """The positions of the whole text at which SAEs of one layer with one mask are scored."""
 
-    keep: dict[int, list[Tensor]]  # a keep_BL for every batch
-    positions: dict[int, Counter[str]]  # the counts of `position_mask`: tokens, and how many are masked for what
-    mean_D: dict[int, Tensor]  # of the unmasked activations
+    def __init__(self, lm: LanguageModel, layer: int, mask: Mask):
+        self.lm, self.layer, self.mask = lm, layer, mask
+        self.keep: list[Tensor] = []  # a keep_BL for every batch
+        self.positions: Counter[str] = Counter()  # the counts of `position_mask`
+        self._sum_D = torch.zeros(lm.activation_dim, dtype=torch.float64)
+
+    def add(self, text: Text, x_BLD: Tensor) -> None:
+        bound = None if self.mask.norm_bound is None else {self.layer: self.mask.norm_bound}
+        keep_BL, counts = position_mask(text[1], {self.layer: x_BLD}, bound, self.mask.drop_bos)
+        self.keep.append(keep_BL)
+        self.positions.update(counts)
+        self._sum_D += x_BLD[keep_BL].cpu().double().sum(0)
+
+    @property
+    def n_kept(self) -> int:
+        return self.positions["tokens"] - sum(self.positions[why] for why in ("bos", "nonfinite", "outliers"))
+
+    @property
+    def mean_D(self) -> Tensor:
+        """Of the activations at these positions."""
+        return (self._sum_D / self.n_kept).float().to(self.lm.device)
+
+    @property
+    def fault(self) -> str | None:
+        """Why nothing can be scored here, if so."""
+        if self.positions and too_many_nonfinite(self.positions):
+            return nonfinite_sentence(self.positions, self.lm)
+        too_little = "the evaluation text is too little: it has nothing but bos, padding and outliers."
+        return None if self.n_kept else too_little
+
+    def same_positions(self, other: "Scope") -> bool:
+        return self.layer == other.layer and all(map(torch.equal, self.keep, other.keep))
 
 
-def _survey(lm: LanguageModel, texts: list[Text], layers: list[int], mask: bool, bounds: dict[int, float]) -> Survey:
-    keep: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    positions: dict[int, Counter[str]] = {layer: Counter() for layer in layers}
-    sum_D = {layer: torch.zeros(lm.activation_dim, dtype=torch.float64) for layer in layers}
-    bos_id = -1 if lm.bos_id is None else lm.bos_id  # no token has the id -1
-    for text in texts:
-        for layer, x_BLD in lm.activations(*text, layers).items():
-            bound = {layer: bounds[layer]} if mask and layer in bounds else None
-            keep_BL, counts = position_mask(*text, {layer: x_BLD}, bos_id, bound, mask)
-            keep[layer].append(keep_BL)
-            positions[layer].update(counts)
-            sum_D[layer] += x_BLD[keep_BL].cpu().double().sum(0)
-    n_kept = {layer: sum(int(keep_BL.sum()) for keep_BL in keep[layer]) for layer in layers}
-    if not all(n_kept.values()):
-        raise ValueError("the evaluation text is too little: it has nothing but bos, padding and outliers.")
-    return Survey(keep, positions, {layer: (sum_D[layer] / n_kept[layer]).float().to(lm.device) for layer in layers})
+def _survey(lm: LanguageModel, texts: list[Text], subjects: Iterable[Subject]) -> dict[tuple[int, Mask], Scope]:
+    """A first pass over the text. Raises ValueError where it is of no use to any of the subjects."""
+    scopes = {(s.layer, s.mask): Scope(lm, s.layer, s.mask) for s in subjects if s.error is None}
+    layers = sorted({layer for layer, _ in scopes})
+    for text in texts if layers else ():
+        x_by_layer = lm.activations(*text, layers)
+        for scope in scopes.values():
+            scope.add(text, x_by_layer[scope.layer])
+    faults = [scope.fault for scope in scopes.values()]
+    if faults and all(faults):
+        raise ValueError(faults[0])
+    for subject in subjects:
+        if subject.error is None:
+            subject.error = scopes[subject.layer, subject.mask].fault
+    return scopes
 
 
 @torch.no_grad()
@@ -416,47 +499,52 @@ def evaluate_saes(
     saes: Sequence[tuple[str, Dictionary, int]],
     batches: Iterable[Text],
     *,
-    mask: bool = True,
-    norm_bounds: dict[int, float] | None = None,
+    masks: Mapping[str, Mask] | None = None,
     hyperparameters: Results | None = None,
     show_progress: bool = False,
 ) -> dict[str, Evaluation]:
-    """Evaluate SAEs of any layers of one model on the same text.
+    """Evaluate SAEs of any layers of one model on the same text, each as if it were alone.
 
-    The whole model runs once a batch for all SAEs, and its upper layers twice for each layer (zero and mean ablation).
+    The whole model runs once a batch for all SAEs, and its upper layers twice for each layer (zero and mean ablation),
+    or for each mask where SAEs of a layer have masks that tell positions of this text apart.
     Then only the layers above the splice run, once for each SAE and once more for the exact top-k of the top-k family
-    (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context).
+    (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context). They
+    run by themselves: the last bits of a matmul follow the size of its batch, so neighbours in it would be seen.
     The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
 
     saes: (name, SAE of raw activations, layer); what is returned has these names.
-    batches: (tokens_BL, mask_BL); all of them are used, and held in memory.
-    mask: leave bos and positions of outlying norm as they are, unscored, as padding always is.
-    norm_bounds: by layer, the norm above which a position is an outlier; no entry, no such rule.
+    batches: (tokens_BL, mask_BL), the mask as in `position_mask`; all of them are used, and held in memory.
+    masks: by name, the positions at which an SAE is scored, best those of its training (`Mask.of`); no entry: `Mask()`.
+        All others keep the model's own activation and are not scored, as padding always is.
     hyperparameters: recorded beside ours (the dataset, ...).
 
     An SAE that fails does not stop the others: its metrics are None, and "error" says why. Raises ValueError where the
-    text leaves nothing to evaluate on, or the model itself has no finite loss on it.
+    text leaves nothing to evaluate on, or the model itself has no finite activations or loss on it.
     """
-    texts, bounds = list(batches), norm_bounds or {}
-    subjects = {name: Subject(sae, layer, lm) for name, sae, layer in saes}
+    texts, masks = list(batches), masks or {}
+    subjects = {name: Subject(sae, layer, masks.get(name, Mask()), lm) for name, sae, layer in saes}
     assert len(subjects) == len(saes), "two SAEs have the same name"
-    layers = sorted({subject.layer for subject in subjects.values() if subject.error is None})
-    survey = _survey(lm, texts, layers, mask, bounds)
+    scopes = _survey(lm, texts, subjects.values())
+    members: list[tuple[Scope, list[Subject]]] = []  # those of one entry have the same layer and positions
+    for subject in (subject for subject in subjects.values() if subject.error is None):
+        scope = scopes[subject.layer, subject.mask]
+        group = next((group for first, group in members if first.same_positions(scope)), None)
+        if group is None:
+            members.append((scope, group := []))
+        group.append(subject)
 
-    n_tokens = sum(int(mask_BL.sum()) for _, mask_BL in texts)
+    n_tokens = sum(int((mask_BL > 0).sum()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
     for i, text in enumerate(texts):
-        logits_BLV, x_by_layer = lm.run(*text, layers)
-        log_q_BLV = log_probabilities(logits_BLV)
+        logits_BLV, x_by_layer = lm.run(*text, sorted({scope.layer for scope, _ in members}))
+        own = predictions(logits_BLV, text[0])
         del logits_BLV
-        for layer, x_BLD in x_by_layer.items():
-            keep_BL = survey.keep[layer][i]
-            if keep_BL.any():
-                site = Site(lm, layer, text, x_BLD, log_q_BLV, keep_BL, survey.mean_D[layer])
-                for subject in subjects.values():
-                    if subject.layer == layer:
-                        subject.update(site)
-        bar.update(int(text[1].sum()))
+        for scope, group in members:
+            if scope.keep[i].any():
+                site = Site(lm, scope.layer, text, x_by_layer[scope.layer], own, scope.keep[i], scope.mean_D)
+                for subject in group:
+                    subject.update(site)
+        bar.update(int((text[1] > 0).sum()))
     bar.close()
 
     settings = {
@@ -464,11 +552,13 @@ def evaluate_saes(
         "context_length": max((tokens_BL.shape[1] for tokens_BL, _ in texts), default=0),
         "n_tokens": n_tokens,
         "topk_group_tokens": GROUP_TOKENS,
-        "drop_bos": mask,
         **(hyperparameters or {}),
     }
     evaluations = {}
     for name, subject in subjects.items():
-        bound, positions = bounds.get(subject.layer) if mask else None, survey.positions.get(subject.layer, {})
-        evaluations[name] = subject.evaluation(settings | {"norm_bound": bound, "positions": dict(positions)})
+        scope = scopes.get((subject.layer, subject.mask))
+        positions = dict(scope.positions) if scope else {}
+        own_settings = {"drop_bos": subject.mask.drop_bos, "norm_bound": subject.mask.norm_bound}
+        warning = nonfinite_sentence(positions, lm) if positions else None
+        evaluations[name] = subject.evaluation(settings | own_settings | {"positions": positions}, warning)
     return evaluations

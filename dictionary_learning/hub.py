@@ -3,12 +3,15 @@
 The Hub never decides whether a run lives: what cannot be uploaded stays in the run folder, and one command sends it.
 """
 
+import glob
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+from .files import read_json
 from .model_card import model_card
 
 # resume state, W&B's files, caches and unfinished writes; a * also stands for slashes
@@ -20,11 +23,19 @@ class UploadError(OSError):
     """An upload that did not succeed; the message has the command that repeats it."""
 
 
-def check_repo(repo_id: str, private: bool = False) -> str | None:
+class OtherRunError(ValueError):
+    """Under the name of a run, the repo has the folder of another one."""
+
+
+def check_repo(
+    repo_id: str, private: bool = False, *, run_folder: str | Path | None = None, overwrite: bool = False
+) -> str | None:
     """Make sure, before training, that its result can be uploaded; creates the model repo if there is none.
 
+    run_folder: what will be uploaded, with its run.json if it has one already. overwrite: as in `upload_run`.
     Returns None, or a sentence if the Hub cannot be reached, which is no reason not to train. Raises ValueError for all
-    that waiting does not cure: a wrong name, no login, no permission, a public repo where a private one is asked for.
+    that waiting does not cure: a wrong name, no login, no permission, a public repo where a private one is asked for,
+    another run under the same name.
     """
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -46,6 +57,10 @@ def check_repo(repo_id: str, private: bool = False) -> str | None:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.auth_check(repo_id, write=True)
         is_private = api.repo_info(repo_id).private
+        if run_folder is not None and not overwrite:
+            _refuse_another_run(api, Path(run_folder), repo_id)
+    except OtherRunError:
+        raise
     except LocalTokenNotFoundError as error:
         raise ValueError(f"cannot upload to {repo_id} without a login: {advice}.") from error
     except Exception as error:  # the HTTP client's own errors differ between versions of huggingface_hub
@@ -62,14 +77,18 @@ def upload_run(
     repo_id: str,
     *,
     private: bool = False,
+    overwrite: bool = False,
     layer: int | None = None,
     retry_seconds: Sequence[float] = RETRY_SECONDS,
 ) -> str:
     """Upload a run folder, under its name, and its section of the repo's model card; returns the address.
 
-    With `layer` only that layer's SAEs go, and no card: for what is done before the run is. What the repo has already
-    is not sent again, so a broken upload goes on where it stopped. Raises UploadError after the last retry, and at once
-    where the Hub refuses.
+    The folder in the repo is then as the local one: what is not there any more is deleted, in the same commit. With
+    `layer` that holds for that layer's SAEs alone, and no card goes: for what is done before the run is.
+    What the repo has already is not sent again, so a broken upload goes on where it stopped. Raises UploadError after
+    the last retry, and at once where the Hub refuses.
+    overwrite: replace the folder of another run of this name, which is refused otherwise (ValueError). Runs are told
+    by the "run_id" of their run.json, older ones by its settings; with "overwrite" in it, it was asked for then.
     """
     from huggingface_hub import is_offline_mode
 
@@ -78,11 +97,13 @@ def upload_run(
         raise ValueError(f"there is no run folder {run_folder}.")
     for seconds in (*retry_seconds, None):
         try:
-            return _upload(run_folder, repo_id, private, layer)
+            return _upload(run_folder, repo_id, private, overwrite, layer)
+        except OtherRunError:
+            raise
         except Exception as error:  # whatever it is: the run is safe on disk, and the user must hear how to go on
             if seconds is None or _is_refusal(error) or is_offline_mode():
                 command = ["python", "demo.py", "--upload_only", str(run_folder), "--hf_repo_id", repo_id]
-                command += ["--private"] * private
+                command += ["--private"] * private + ["--overwrite"] * overwrite
                 raise UploadError(
                     f"{run_folder.name} could not be uploaded to {repo_id} ({_reason(error)}); "
                     f"this uploads what is missing: {shlex.join(command)}"
@@ -91,17 +112,51 @@ def upload_run(
     raise AssertionError("the last try has returned or raised")
 
 
-def _upload(run_folder: Path, repo_id: str, private: bool, layer: int | None) -> str:
+def _record(run_folder: Path) -> dict[str, Any]:
+    return read_json(run_folder / "run.json") if (run_folder / "run.json").is_file() else {}
+
+
+def _paths_in_repo(api: Any, repo_id: str, folder: str) -> set[str]:
+    """The files in a folder of the repo, by their paths within it."""
+    paths = (path for path in api.list_repo_files(repo_id) if path.startswith(f"{folder}/"))
+    return {path.removeprefix(f"{folder}/") for path in paths}
+
+
+def _refuse_another_run(api: Any, run_folder: Path, repo_id: str) -> None:
+    """Raises OtherRunError where the repo has a folder of this name that is not this run's."""
+    record, name = _record(run_folder), run_folder.name
+    there = _paths_in_repo(api, repo_id, name)
+    if not there or record.get("overwrite"):
+        return
+    theirs = read_json(api.hf_hub_download(repo_id, f"{name}/run.json")) if "run.json" in there else {}
+    ours, others = (known.get("run_id") or known.get("settings") for known in (record, theirs))
+    if ours != others:
+        raise OtherRunError(
+            f"{repo_id} has another run under the name {name}: give --overwrite to replace it, or another repo or name."
+        )
+
+
+def _upload(run_folder: Path, repo_id: str, private: bool, overwrite: bool, layer: int | None) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
 
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if not overwrite:
+        _refuse_another_run(api, run_folder, repo_id)
+    files = [path.relative_to(run_folder).as_posix() for path in run_folder.rglob("*") if path.is_file()]
+    here = set(filter_repo_objects(files, ignore_patterns=list(NOT_UPLOADED)))
+    part = "*" if layer is None else f"resid_post_layer_{layer}/*"
+    # but not a card that somebody's own README.md has driven into the folder
+    gone = _paths_in_repo(api, repo_id, run_folder.name) - here - {"README.md"}
+    gone = sorted(filter_repo_objects(gone, allow_patterns=part))
     api.upload_folder(
         repo_id=repo_id,
         folder_path=run_folder,
         path_in_repo=run_folder.name,
-        allow_patterns=None if layer is None else [f"resid_post_layer_{layer}/*", "run.json"],
+        allow_patterns=None if layer is None else [part, "run.json"],
+        delete_patterns=[glob.escape(path) for path in gone] or None,
         ignore_patterns=list(NOT_UPLOADED),
         commit_message=f"Upload {run_folder.name}" + ("" if layer is None else f", layer {layer}"),
     )

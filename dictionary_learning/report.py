@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from dictionary_learning.buffer import position_mask
+from dictionary_learning.buffer import Mask, position_mask
 from dictionary_learning.data import BUILT_IN, EVAL_DATASET, open_batches
 from dictionary_learning.dictionary import Dictionary
+from dictionary_learning.evaluation import evaluation_text
 from dictionary_learning.files import read_json, write_atomic
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
@@ -119,7 +121,7 @@ class LatentStatistics:
 
     def _add_to_histogram(self, latent_M: Tensor, value_M: Tensor) -> None:
         while (low_F := self.max_F >= self.range_F).any():
-            halves = self.histogram_FH[low_F].view(-1, BINS // 2, 2).sum(2)
+            halves = reduce(self.histogram_FH[low_F], "f (half two) -> f half", "sum", two=2)
             self.histogram_FH[low_F] = torch.cat([halves, torch.zeros_like(halves)], dim=1)
             self.range_F = torch.where(low_F, 2 * self.range_F, self.range_F)
         bin_M = (value_M / self.range_F[latent_M] * BINS).long()
@@ -157,7 +159,8 @@ def logit_effects(decoder_FD: Tensor, unembedding_VD: Tensor) -> tuple[Tensor, T
 
 @torch.no_grad()
 def nearest_latents(decoder_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """(latents, cosines), each (F, NEIGHBOURS): the latents whose decoder directions are most like each one's."""
+    """(latents, cosines), each (F, NEIGHBOURS) or fewer columns where F has no more others: the latents whose decoder
+    directions are most like each one's."""
     unit_FD = torch.nn.functional.normalize(decoder_FD, dim=1)
     latents, cosines = [], []
     for first, rows_MD in zip(range(0, len(unit_FD), 1024), unit_FD.split(1024), strict=True):
@@ -245,18 +248,21 @@ def page_data(
             }
         )
     n_tokens = max(statistics.n_tokens, 1)
-    index = about | {
-        "chunk": CHUNK,
-        "tokens": statistics.n_tokens,
-        "density": [_round(count / n_tokens) for count in count_F.tolist()],
-        "mean": [_round(mean) for mean in (statistics.sum_F.cpu() / count_F.clamp(min=1)).tolist()],
-        "max": [_round(value) for value in max_F.tolist()],
-        "cosine": [_round(cosine) for cosine in cosines[:, 0].tolist()],
-        "fires": fires,
-        "promotes": [[token for token, _ in latent["promotes"][:3]] for latent in latents],
-        "l0": _l0_histogram(statistics.l0_counts.cpu()),
-        "vocabulary": vocabulary.strings(),
-    }
+    index = (
+        about
+        | {
+            "chunk": CHUNK,
+            "tokens": statistics.n_tokens,
+            "density": [_round(count / n_tokens) for count in count_F.tolist()],
+            "mean": [_round(mean) for mean in (statistics.sum_F.cpu() / count_F.clamp(min=1)).tolist()],
+            "max": [_round(value) for value in max_F.tolist()],
+            "cosine": [_round(cosine) for cosine in cosines[:, :1].flatten().tolist()],  # of an only latent, none
+            "fires": fires,
+            "promotes": [[token for token, _ in latent["promotes"][:3]] for latent in latents],
+            "l0": _l0_histogram(statistics.l0_counts.cpu()),
+            "vocabulary": vocabulary.strings(),
+        }
+    )
     chunks = {f"latents-{i}": latents[i * CHUNK : (i + 1) * CHUNK] for i in range(-(-len(latents) // CHUNK))}
     return {"index": index, "texts": texts, **chunks}
 
@@ -287,7 +293,7 @@ def _l0_histogram(counts: Tensor) -> dict[str, Any]:
     width = -(-(most + 1) // BINS)
     padded = torch.nn.functional.pad(counts[: most + 1], (0, -(most + 1) % width))
     mean = float((l0s * counts).sum() / counts.sum().clamp(min=1))
-    return {"width": width, "counts": padded.view(-1, width).sum(1).tolist(), "mean": _round(mean)}
+    return {"width": width, "counts": reduce(padded, "(bin n) -> bin", "sum", n=width).tolist(), "mean": _round(mean)}
 
 
 def render(title: str, objects: dict[str, Any]) -> str:
@@ -324,12 +330,10 @@ class Subject(NamedTuple):
     def layer(self) -> int:
         return int(self.config["trainer"]["layer"])
 
-    def update(self, lm: LanguageModel, tokens_BL: Tensor, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
-        buffer = self.config.get("buffer", {})
-        bound = {self.layer: buffer["median_norm"] * buffer["max_norm_multiple"]} if buffer.get("median_norm") else None
-        keep_BL, _ = position_mask(
-            tokens_BL, mask_BL, {self.layer: x_BLD}, lm.bos_id, bound, drop_bos=buffer.get("mask", True)
-        )
+    def update(self, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
+        mask = Mask.of(self.config.get("buffer", {}))
+        bound = None if mask.norm_bound is None else {self.layer: mask.norm_bound}
+        keep_BL, _ = position_mask(mask_BL, {self.layer: x_BLD}, bound, mask.drop_bos)
         at_a_time = max(1, ENTRIES_AT_A_TIME // (x_BLD.shape[1] * self.ae.dict_size))
         for x_bLD, keep_bL in zip(x_BLD.split(at_a_time), keep_BL.split(at_a_time), strict=True):
             f_bLF = x_bLD.new_zeros(*x_bLD.shape[:2], self.ae.dict_size, dtype=torch.float32)
@@ -378,8 +382,8 @@ def gather(
     for tokens_BL, mask_BL in batches:
         x_by_layer = lm.activations(tokens_BL, mask_BL, {subject.layer for subject in subjects})
         for subject in subjects:
-            subject.update(lm, tokens_BL, mask_BL, x_by_layer[subject.layer], len(contexts))
-        contexts += [row[mask].tolist() for row, mask in zip(tokens_BL, mask_BL.bool(), strict=True)]
+            subject.update(mask_BL, x_by_layer[subject.layer], len(contexts))
+        contexts += [row[mask].tolist() for row, mask in zip(tokens_BL, mask_BL > 0, strict=True)]
     return subjects, contexts
 
 
@@ -387,69 +391,77 @@ def write_reports(
     folder: str | Path,
     *,
     model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
     dataset: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
     text_column: str | None = None,
     num_tokens: int = 500_000,
     device: str | None = None,
 ) -> list[Path]:
     """Write `report.html` into every SAE folder in `folder` (or into itself, if it is one); returns the pages.
 
-    What is not given is as in the evaluation of the run, which its run.json tells; without one, the model is that of
+    What is not given is as in the evaluation of the SAE's run, which its run.json tells: the model and how it is
+    loaded, and the text with its split, subset, column, chats and context length. Without one, the model is that of
     config.json and the text python-stdlib's held-out part for the built-in model, else `data.EVAL_DATASET`. Reading
     ends with the text, or with the batch that makes it `num_tokens`.
+    trust_remote_code is never taken from a file: a run folder of somebody else's would run their code.
     Raises ValueError where there is no SAE or it cannot be run; one that cannot be loaded is warned about.
     """
-    saes = []
+    groups: dict[tuple[Path | None, str], list[tuple[Path, Dictionary, dict[str, Any]]]] = {}
     for path in find_saes(folder):
         try:
             ae, config = load_dictionary(path)
             if not all(weights.isfinite().all() for weights in ae.parameters()):
                 raise ValueError("it has weights that are not finite")
-            saes.append((path, ae, config))
+            groups.setdefault((_run_record(path), config["trainer"]["lm_name"]), []).append((path, ae, config))
         except (ValueError, OSError) as error:
             warnings.warn(f"no report of {path}: {error}", stacklevel=2)
-    if not saes:
+    if not groups:
         raise ValueError(f"there is no SAE to report on in {folder}")
-    run = _run_settings(Path(folder))
-    names = {model or run.get("model_name") or config["trainer"]["lm_name"] for _, _, config in saes}
-    if len(names) > 1:
-        raise ValueError(f"{folder} holds SAEs of several models ({', '.join(sorted(names))}): name a folder of one")
-    [name] = names
-    options: dict[str, Any] = {}
-    if dataset is not None:
-        text, held_out = dataset, dataset == BUILT_IN
-    elif run:
-        text, held_out = run["eval_dataset"], run["eval_is_held_out"]
-        chats = {"mixed": "mixed_dataset", "chat_dataset": "chat_dataset"}
-        chats |= {"chat_fraction": "chat_fraction", "chat_pack": "pack_chats"}
-        options = {argument: run[setting] for argument, setting in chats.items()}
-    else:
-        text, held_out = (BUILT_IN, True) if name in BUILT_IN_MODELS else (EVAL_DATASET, False)
-    lm = load_model(
-        name,
-        device=resolve_device(device),
-        dtype=getattr(torch, run.get("dtype", "float32")),
-        attn_implementation=run.get("attn_implementation"),
-        revision=run.get("revision"),
-    )
-    context_length = max(config.get("buffer", {}).get("ctx_len", 128) for _, _, config in saes)
-    batch_size = max(1, TOKENS_AT_A_TIME // context_length)
-    batches = open_batches(
-        text,
-        lm.tokenizer,
-        context_length=context_length,
-        batch_size=batch_size,
-        text_column=text_column or run.get("text_column", "text"),
-        held_out=held_out or None,  # None: all of it
-        prefetch=0,
-        **options,
-    )
-    n_batches = -(-num_tokens // (batch_size * context_length))
+    pages = []
+    for (record, lm_name), saes in groups.items():
+        run = {} if record is None else read_json(record)["settings"]
+        name = model or run.get("model_name") or lm_name
+        lm = load_model(
+            name,
+            device=resolve_device(device),
+            dtype=getattr(torch, dtype or run.get("dtype", "float32")),
+            attn_implementation=attn_implementation or run.get("attn_implementation"),
+            revision=revision or (run.get("revision") if name == run.get("model_name") else None),
+            trust_remote_code=trust_remote_code,
+        )
+        if dataset is not None:
+            text = {"dataset": dataset, "held_out": dataset == BUILT_IN or None}
+            text |= {"text_column": run["text_column"]} if "text_column" in run else {}
+        elif run:
+            text = evaluation_text(run)
+        else:
+            built_in = name in BUILT_IN_MODELS
+            text = {"dataset": BUILT_IN if built_in else EVAL_DATASET, "held_out": built_in or None}
+        given = {"split": split, "subset": subset, "text_column": text_column}
+        text |= {key: value for key, value in given.items() if value is not None}
+        lengths = [config.get("buffer", {}).get("ctx_len", 128) for _, _, config in saes]
+        pages += _write_pages(lm, saes, {"context_length": max(lengths), **text}, num_tokens)
+    return pages
+
+
+def _write_pages(
+    lm: LanguageModel, saes: list[tuple[Path, Dictionary, dict[str, Any]]], text: dict[str, Any], num_tokens: int
+) -> list[Path]:
+    """text: what `open_batches` is told, beside the tokenizer and the size of its batches."""
+    batch_size = max(1, TOKENS_AT_A_TIME // text["context_length"])
+    batches = open_batches(tokenizer=lm.tokenizer, batch_size=batch_size, prefetch=0, **text)
+    n_batches = -(-num_tokens // (batch_size * text["context_length"]))
     with tqdm(islice(batches, n_batches), "reading", n_batches) as bar:
         subjects, contexts = gather(lm, saes, bar)
     pages = []
+    what = f"held-out part of {text['dataset']}" if text["held_out"] else text["dataset"]
     for subject in tqdm(subjects, "writing"):
-        about = subject.about(lm, f"held-out part of {text}" if held_out else text)
+        about = subject.about(lm, what)
         objects = page_data(subject.statistics, subject.ae, lm, contexts, about)
         page = render(f"{about['name']}: {about['subtitle']}", objects)
         write_atomic(subject.folder / "report.html", page.encode())
@@ -457,17 +469,23 @@ def write_reports(
     return pages
 
 
-def _run_settings(folder: Path) -> dict[str, Any]:
-    """The settings in the run.json of a run folder, a layer's, or an SAE's; {} where there is none."""
-    places = [path / "run.json" for path in (folder.absolute(), *folder.absolute().parents[:2])]
-    return next((read_json(place)["settings"] for place in places if place.is_file()), {})
+def _run_record(sae_folder: Path) -> Path | None:
+    """The run.json of an SAE's run, which lies in the folder of its layer's folder; None where there is none."""
+    places = [path / "run.json" for path in (sae_folder.absolute(), *sae_folder.absolute().parents[:2])]
+    return next((place for place in places if place.is_file()), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m dictionary_learning.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="an SAE folder, or one that holds some")
     parser.add_argument("--model", help="Hub id or folder of the model (default: that of the run)")
+    parser.add_argument("--revision", help="of the model on the Hub (default: the run's)")
+    parser.add_argument("--dtype", help="of the model (default: the run's)", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--attn_implementation", help="of the model (default: the run's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's repo bring code of its own")
     parser.add_argument("--dataset", help="Hub id, file, folder or python-stdlib (default: the run's for evaluation)")
+    parser.add_argument("--split", help="of the dataset (default: the run's)")
+    parser.add_argument("--subset", help="of a dataset on the Hub (default: the run's)")
     parser.add_argument("--text_column", help="column of the dataset that holds the text (default: the run's)")
     parser.add_argument("--num_tokens", type=int, default=500_000, help="tokens to read (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the first of these that is there)")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
+from .buffer import Mask
 from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
@@ -65,6 +66,11 @@ class Subject:
     @property
     def layer(self) -> int:
         return int(self.config["trainer"]["layer"])
+
+    @property
+    def mask(self) -> Mask:
+        """The positions at which it is scored: those of its training, or all of them."""
+        return Mask.of(self.config.get("buffer") or {}) if self.reading.sweep.mask else Mask(drop_bos=False)
 
     def results_file(self) -> tuple[Path, list[str]]:
         """Where its results go, and how the settings differ from those of the results that stand beside.
@@ -216,8 +222,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
         lm,
         [(subject.named.name, subject.ae, subject.layer) for subject in subjects],
         evaluation_batches(reading, lm),
-        mask=sweep.mask,
-        norm_bounds={subject.layer: bound for subject in subjects if (bound := norm_bound(subject.config))},
+        masks={subject.named.name: subject.mask for subject in subjects},
         hyperparameters={"dataset": sweep.eval_dataset, "held_out": reading.held_out, "settings": settings},
         show_progress=reading.world.rank == 0,
     )
@@ -242,12 +247,6 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
             write_atomic(path.with_name("density.safetensors"), lambda tmp, density=density: save_file(density, tmp))
         measured.append(one)
     return measured
-
-
-def norm_bound(config: Mapping[str, Any]) -> float | None:
-    """The norm above which the SAE was not trained on a position."""
-    buffer = config.get("buffer") or {}
-    return buffer["median_norm"] * buffer["max_norm_multiple"] if buffer.get("median_norm") else None
 
 
 def evaluation_batches(reading: Reading, lm: LanguageModel) -> list[Any]:

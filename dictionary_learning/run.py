@@ -243,6 +243,7 @@ def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
         group=plan.folder.name,
         folder=plan.folder,
         ids=[ids[i] for i in mine] if ids else [],
+        histories=[plan.sae_folders[i] / "metrics.jsonl" for i in mine],
     )
 
 
@@ -282,7 +283,10 @@ def check(plan: Plan) -> None:
     if options.hf_repo_id and not options.dry_run:
         from .hub import check_repo
 
-        print(check_repo(options.hf_repo_id, private=options.private) or f"uploads go to {options.hf_repo_id}")
+        print(
+            check_repo(options.hf_repo_id, options.private, run_folder=plan.folder, overwrite=options.overwrite)
+            or f"uploads go to {options.hf_repo_id}"
+        )
 
 
 def carry_out(plan: Plan) -> int:
@@ -324,7 +328,7 @@ def carry_out(plan: Plan) -> int:
         with stages.stage("report", f"python -m dictionary_learning.report {shlex.quote(str(plan.folder))}"):
             from .report import write_reports
 
-            write_reports(plan.folder, device=plan.device)
+            write_reports(plan.folder, device=plan.device, trust_remote_code=options.trust_remote_code)
     if options.hf_repo_id:
         with stages.stage("upload"):  # its error names the command
             upload(options, plan.folder)
@@ -399,5 +403,5 @@ def upload(options: Options, folder: str | Path) -> int:
 
     if options.hf_repo_id is None:
         raise ValueError("--upload_only needs --hf_repo_id USER/REPO.")
-    print(f"uploaded to {upload_run(folder, options.hf_repo_id, private=options.private)}")
+    print(f"uploaded to {upload_run(folder, options.hf_repo_id, private=options.private, overwrite=options.overwrite)}")
     return 0

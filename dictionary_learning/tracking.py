@@ -7,12 +7,43 @@ W&B looks on and takes no part. Whatever fails here (no login, no network, a ser
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import read_jsonl
+
 INIT_SECONDS = 60  # to wait for the server at the start of a run
 FINISH_SECONDS = 120  # to wait for what is still being sent at its end
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The protobuf records of a .wandb file, as far as it goes: that of a killed process may end anywhere.
+
+    7 bytes of header, then LevelDB's log format: blocks of 32 KiB with pieces of checksum, length and kind (1 a whole
+    record, 2 its first piece, 3 a middle one, 4 the last). W&B itself has no reader of it in Python any more.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, payload = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 2**15 - position % 2**15
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        position += 7 + length
+        if not 1 <= kind <= 4 or position > len(data):
+            return
+        payload += data[position - length : position]
+        if kind in (1, 4):
+            try:
+                yield Record.FromString(payload)
+            except DecodeError:
+                return
+            payload = b""
 
 
 class Tracker:
@@ -36,8 +67,9 @@ class WandbRuns(Tracker):
     """A W&B run for each SAE, in one group.
 
     `names` and `configs` have one entry an SAE; `ids` are those of an earlier part of the same sweep, which its runs
-    then continue. `folder` gets the files of W&B, in `folder/wandb`. Where the server cannot be used, all runs are
-    offline ones.
+    then continue, and `histories` its files of metrics: the rows that W&B has not got, because the process was killed
+    before they were sent or on the disk, are sent at once. No row is sent twice. `folder` gets the files of W&B, in
+    `folder/wandb`. Where the server cannot be used, all runs are offline ones.
     """
 
     def __init__(
@@ -50,6 +82,7 @@ class WandbRuns(Tracker):
         folder: str | Path,
         entity: str | None = None,
         ids: Sequence[str] = (),
+        histories: Sequence[Path] = (),
     ):
         assert not ids or len(ids) == len(names)
         self.ids = list(ids) or [secrets.token_hex(4) for _ in names]
@@ -60,6 +93,9 @@ class WandbRuns(Tracker):
         self._mode: Any = self._reachable_mode()
         pairs = zip(names, configs, strict=True)
         self._runs: list[Any] = [self._start(i, name, dict(config)) for i, (name, config) in enumerate(pairs)]
+        self._last_steps = [-1] * len(self._runs)  # of the rows that W&B has
+        for i, history in enumerate(histories if ids else ()):
+            self._try(i, lambda run, i=i, history=history: self._catch_up(i, run, history))
 
     def _reachable_mode(self) -> str | None:
         """None, which leaves the mode to the user's settings, or "offline" where there is no login or no server.
@@ -111,9 +147,21 @@ class WandbRuns(Tracker):
                 self.ids[i] = secrets.token_hex(4)  # the failed start holds the old one
         return None
 
+    def _catch_up(self, i: int, run: Any, history: Path) -> None:
+        if run.offline:
+            files = (self.folder / "wandb").glob(f"*run-*-{run.id}/*.wandb")
+            rows = (record.history for path in files for record in records(path) if record.HasField("history"))
+            self._last_steps[i] = max((row.step.num for row in rows), default=-1)
+        else:
+            self._last_steps[i] = run.starting_step - 1  # the server says where it stands
+        for row in read_jsonl(history):
+            self.log(i, row, row["step"])
+
     def log(self, i: int, metrics: Mapping[str, Any], step: int) -> None:
         """A row of metrics.jsonl, at `step` of W&B's own axis; `step` and `tokens` are keys too, to plot against."""
-        self._try(i, lambda run: run.log({**metrics, "step": step}, step=step))
+        if step > self._last_steps[i]:
+            self._last_steps[i] = step
+            self._try(i, lambda run: run.log({**metrics, "step": step}, step=step))
 
     def summary(self, i: int, results: Mapping[str, Any]) -> None:
         """The evaluation into the run's summary as `eval/...`, beside the last values of training."""

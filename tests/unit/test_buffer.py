@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dictionary_learning.buffer import ActivationBuffer, position_mask
+from dictionary_learning.buffer import MARK, ActivationBuffer, position_mask
 from dictionary_learning.model import load_model
 
 BOS, LAYERS, D = 0, (1, 3), 4
@@ -27,7 +27,7 @@ class Texts:
         tokens_BL = 1 + 6 * texts_B[:, None] + torch.arange(6)
         tokens_BL[:, 0] = BOS
         mask_BL = (texts_B[:, None] % 3 != 2) | (torch.arange(6) < 4)
-        return tokens_BL, mask_BL
+        return tokens_BL, torch.where(tokens_BL == BOS, MARK, mask_BL.int())
 
     def __iter__(self):
         return self
@@ -42,7 +42,7 @@ class Texts:
 class TaggingLM:
     """x = (token id + layer / 10, 1000, 0, 0), and in the layers of `outliers` 100 times that at its token ids."""
 
-    name, device, dtype, activation_dim, bos_id = "a model", torch.device("cpu"), torch.float32, D, BOS
+    name, device, dtype, activation_dim = "a model", torch.device("cpu"), torch.float32, D
 
     def __init__(self, outliers: dict[int, set[int]] | None = None, most_texts: int = 1000):
         self.outliers, self.most_texts = outliers or {}, most_texts
@@ -72,7 +72,7 @@ def ids(batches, layer=LAYERS[0]):
 
 def text_ids(with_bos=False):
     tokens_BL, mask_BL = next(Texts(batch_size=1000))
-    return tokens_BL[mask_BL if with_bos else mask_BL & (tokens_BL != BOS)].tolist()
+    return tokens_BL[mask_BL > 0 if with_bos else mask_BL == 1].tolist()
 
 
 @pytest.mark.parametrize("llm_batch_size, n_tokens, out_batch_size", [(3, 60, 8), (1, 8, 8), (40, 9, 5), (7, 10**4, 3)])
@@ -175,7 +175,7 @@ def test_outliers_in_any_layer_are_dropped_from_all_and_everything_is_counted():
     buffer = make(lm=lm)
     assert sorted(ids(buffer)) == sorted(set(text_ids()) - {2, 50, 70})
     n_padding = 13 * 2
-    assert buffer.counts == {"tokens": 240 - n_padding, "padding": n_padding, "bos": 40, "outliers": 3}
+    assert buffer.counts == {"tokens": 240 - n_padding, "padding": n_padding, "bos": 40, "nonfinite": 0, "outliers": 3}
 
 
 def test_without_mask_only_padding_is_dropped():
@@ -193,17 +193,20 @@ def test_the_median_is_that_of_the_first_llm_batch_without_bos_and_padding():
         assert buffer.norm_bound[layer] == 7 * buffer.median_norms[layer]
 
 
-def test_the_mask_drops_bos_wherever_it_stands_padding_outliers_and_what_is_no_number():
-    tokens_BL = torch.tensor([[BOS, 5, BOS, 6, 7, 8, 9, BOS]])
-    mask_BL = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]).bool()
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_the_mask_drops_and_counts_marks_padding_outliers_and_what_is_not_finite(number):
+    mask_BL = torch.tensor([[MARK, 1, MARK, 1, 1, 1, 0, 0]], dtype=torch.uint8)
     x_BLD = torch.ones(1, 8, D, dtype=torch.bfloat16)
-    x_BLD[0, 3], x_BLD[0, 4, 0] = 50, float("nan")
-    args = tokens_BL, mask_BL, {2: x_BLD}, BOS
+    x_BLD[0, 3], x_BLD[0, 4, 0] = 50, number
+    args = mask_BL, {2: x_BLD}
     keep_BL, counts = position_mask(*args, norm_bound={2: 20.0})
     assert keep_BL.tolist() == [[False, True, False, False, False, True, False, False]]
-    assert counts == {"tokens": 6, "padding": 2, "bos": 2, "outliers": 2}
-    assert torch.equal(position_mask(*args)[0], mask_BL & (tokens_BL != BOS))
-    assert torch.equal(position_mask(*args, drop_bos=False)[0], mask_BL)
+    assert counts == {"tokens": 6, "padding": 2, "bos": 2, "nonfinite": 1, "outliers": 1}
+    finite_BL = mask_BL > 0
+    finite_BL[0, 4] = False
+    assert torch.equal(position_mask(*args)[0], finite_BL & (mask_BL != MARK))
+    assert torch.equal(position_mask(*args, drop_bos=False)[0], finite_BL)
+    assert torch.equal(position_mask(mask_BL.bool(), {2: x_BLD})[0], finite_BL)  # bools tell no marks
 
 
 @pytest.mark.parametrize("most_texts, halvings", [(8, 0), (7, 1), (4, 1), (3, 2), (1, 3)])
@@ -243,7 +246,7 @@ def test_it_serves_a_real_models_activations_in_its_dtype(tiny_model_folder):
     buffer = make(Texts(batch_size=40), lm, layers=[0, 2], n_tokens=1000)
     tokens_BL, mask_BL = next(Texts(batch_size=40))
     x_by_layer = lm.activations(tokens_BL, mask_BL, [0, 2])
-    keep_BL = position_mask(tokens_BL, mask_BL, x_by_layer, lm.bos_id, buffer.norm_bound)[0]
+    keep_BL = position_mask(mask_BL, x_by_layer, buffer.norm_bound)[0]
     batches = list(buffer)
     for layer in [0, 2]:
         served = torch.cat([batch[layer] for batch in batches])
@@ -264,14 +267,59 @@ def test_too_little_text_for_one_batch(n):
 
 def test_a_model_without_a_single_number(monkeypatch):
     lm = TaggingLM()
-    broken = SimpleNamespace(
-        **{name: getattr(lm, name) for name in ("name", "device", "dtype", "activation_dim", "bos_id")}
-    )
+    broken = SimpleNamespace(**{name: getattr(lm, name) for name in ("name", "device", "dtype", "activation_dim")})
     broken.activations = lambda tokens, mask, layers: {
         layer: torch.full((*tokens.shape, D), float("nan"), dtype=lm.dtype) for layer in layers
     }
-    with pytest.raises(ValueError, match="layer 1 of a model have a median norm of nan in torch.float32: try another"):
+    with pytest.raises(ValueError, match="112 of 112 positions have activations of a model that are not finite"):
+        next(make(lm=broken, mask=False))
+    with pytest.raises(ValueError, match="104 of 128 positions .* are not finite in torch.float32"):
         next(make(lm=broken))
+
+
+class OverflowingLM(TaggingLM):
+    """In float16, with activations that are not finite at some token ids, in layer 3 alone."""
+
+    name, dtype = "a model", torch.float16
+
+    def __init__(self, ids: set[int]):
+        super().__init__()
+        self.ids = torch.tensor([*ids])
+
+    def activations(self, tokens_BL, mask_BL, layers):
+        x_by_layer = super().activations(tokens_BL.clamp(max=2000), mask_BL, layers)
+        x_by_layer[3][torch.isin(tokens_BL, self.ids)] *= torch.inf
+        return x_by_layer
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_activations_that_overflow_are_counted_apart_left_out_and_warned_about_with_the_dtype_to_use(mask):
+    texts = Texts(n=400, batch_size=50)  # 2400 positions, 266 of them padding
+    buffer = make(texts, OverflowingLM({8, 2000}), n_tokens=5000, mask=mask)
+    with pytest.warns(UserWarning, match="2 of 2,134 positions .* torch.float16: .*--dtype bfloat16") as warned:
+        batches = list(buffer)
+    assert len(warned) == 1
+    assert buffer.counts == {"tokens": 2134, "padding": 266, "bos": 400 * mask, "nonfinite": 2, "outliers": 0}
+    assert sum(len(batch[1]) for batch in batches) == 2134 - 400 * mask - 2
+    assert all(x_BD.isfinite().all() for batch in batches for x_BD in batch.values())
+    assert all(norm < 5000 for norm in buffer.norm_factors.values())
+
+
+def test_more_than_a_thousandth_of_the_positions_that_overflow_is_an_error():
+    with pytest.raises(ValueError, match="3 of 2,134 positions .* torch.float16: .*--dtype bfloat16"):
+        next(make(Texts(n=400, batch_size=50), OverflowingLM({8, 1000, 2000}), n_tokens=5000))
+
+
+def test_a_state_of_before_something_was_counted_can_be_continued():
+    straight, buffer = list(make()), make()
+    served = [next(buffer) for _ in range(5)]
+    state = buffer.state_dict()
+    del state["source"]["counts"]["nonfinite"]
+    resumed = make()
+    resumed.load_state_dict(state)
+    served += list(resumed)
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(served, straight, strict=True))
+    assert resumed.counts["nonfinite"] == 0
 
 
 class FailingTexts(Texts):

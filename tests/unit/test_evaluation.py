@@ -5,11 +5,13 @@ B contexts, L positions, N tokens, D activation_dim, F dict_size.
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from dictionary_learning.buffer import MARK, Mask
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderTopK,
@@ -55,15 +57,16 @@ def lm(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def text(lm):
-    """(tokens_BL, mask_BL) of all contexts, which the model itself wrote: bos first, two of them padded."""
+    """(tokens_BL, mask_BL) of all contexts, which the model itself wrote: a marked bos first, two of them padded."""
     generator = torch.Generator().manual_seed(1)
     tokens_BL = torch.zeros(CONTEXTS, 1, dtype=torch.long)
     while tokens_BL.shape[1] < L:
         logits_BLV, _ = lm.run(tokens_BL, torch.ones_like(tokens_BL))
         letters_BV = logits_BLV[:, -1, 1:].softmax(-1)
         tokens_BL = torch.cat([tokens_BL, 1 + letters_BV.multinomial(1, generator=generator)], dim=1)
-    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.bool)
-    mask_BL[2, 8:] = mask_BL[5, 3:] = False
+    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.uint8)
+    mask_BL[:, 0] = MARK
+    mask_BL[2, 8:] = mask_BL[5, 3:] = 0
     return tokens_BL, mask_BL
 
 
@@ -94,9 +97,9 @@ def in_batches(text, size):
 
 def scored(text):
     """Positions whose predictions count: not bos, and a real token follows."""
-    tokens_BL, mask_BL = text
-    scored_BL = mask_BL & (tokens_BL != 0)
-    scored_BL[:, :-1] &= mask_BL[:, 1:]
+    mask_BL = text[1]
+    scored_BL = mask_BL == 1
+    scored_BL[:, :-1] &= mask_BL[:, 1:] > 0
     scored_BL[:, -1] = False
     return scored_BL
 
@@ -225,7 +228,7 @@ def test_losses_equal_those_of_the_model_with_its_layer_overwritten(lm, text):
     tokens_BL, mask_BL = text
     dictionary = sae(AutoEncoder)
     results = evaluate_saes(lm, [("sae", dictionary, LAYER)], in_batches(text, CONTEXTS))["sae"].results
-    keep_BL, scored_BL = mask_BL & (tokens_BL != 0), scored(text)
+    keep_BL, scored_BL = mask_BL == 1, scored(text)
     x_mean_D = lm.activations(*text, [LAYER])[LAYER][keep_BL].mean(0)
 
     def log_probs(replace) -> torch.Tensor:
@@ -235,7 +238,7 @@ def test_losses_equal_those_of_the_model_with_its_layer_overwritten(lm, text):
 
         handle = lm.layers[LAYER].register_forward_hook(hook)
         with torch.no_grad():
-            logits_BLV = lm.model(tokens_BL, attention_mask=mask_BL.long(), use_cache=False).logits
+            logits_BLV = lm.model(tokens_BL, attention_mask=(mask_BL > 0).long(), use_cache=False).logits
         handle.remove()
         return logits_BLV.double().log_softmax(-1)
 
@@ -279,6 +282,95 @@ def test_results_do_not_depend_on_the_other_saes(lm, text):
         assert alone[subject[0]].results == together[subject[0]].results
 
 
+class Counting:
+    """The model, with a count of how often its upper layers run."""
+
+    def __init__(self, lm):
+        self.lm, self.n_run_from = lm, 0
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
+
+    def run_from(self, *args):
+        self.n_run_from += 1
+        return self.lm.run_from(*args)
+
+
+def test_every_sae_has_its_own_mask_whatever_the_others_of_its_layer_have(lm, text):
+    """Also where another one's leaves nothing; and what masks have in common is computed once."""
+    mask_BL = text[1]
+    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL == 1].norm(dim=1)
+    low, middle = float(norms_N.quantile(0.3)), float(norms_N.quantile(0.6))
+    masks = {"low": Mask(norm_bound=low), "middle": Mask(norm_bound=middle), "same": Mask(norm_bound=middle + 1e-6)}
+    masks |= {"all": Mask(drop_bos=False), "none": Mask(norm_bound=1e-9), "free": Mask()}
+    saes = [(name, sae(AutoEncoder), LAYER) for name in masks]
+    counting = Counting(lm)
+    together = evaluate_saes(counting, saes, in_batches(text, CONTEXTS), masks=masks)
+    # zero and mean for each of: low, middle and same, all, free; and each SAE that has something to be scored on
+    assert counting.n_run_from == 4 * 2 + 5
+    for subject in saes:
+        name = subject[0]
+        if name == "none":
+            assert "the evaluation text is too little" in together[name].results["error"]
+            continue
+        alone = evaluate_saes(lm, [subject], in_batches(text, CONTEXTS), masks=masks)[name]
+        assert together[name].results == alone.results
+        assert torch.equal(together[name].density_F, alone.density_F)
+    n_tokens = {name: evaluation.results["n_tokens"] for name, evaluation in together.items()}
+    assert n_tokens["low"] == int((norms_N <= low).sum()) < n_tokens["middle"] == n_tokens["same"] < n_tokens["free"]
+    assert n_tokens["all"] == int((mask_BL > 0).sum())
+
+
+def test_the_mask_of_an_sae_is_that_of_its_training():
+    assert Mask.of({"mask": True, "median_norm": 3.0, "max_norm_multiple": 10.0}) == Mask(True, 30.0)
+    assert Mask.of({"mask": False, "median_norm": None, "max_norm_multiple": None}) == Mask(False, None)
+    assert Mask.of({}) == Mask(True, None)  # of another library
+
+
+class Overflowing:
+    """The model in float16, whose activations are not finite at some positions of a layer."""
+
+    dtype = torch.float16
+
+    def __init__(self, lm, positions: list[tuple[int, int]]):
+        self.lm, self.positions = lm, tuple(zip(*positions, strict=True))
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
+
+    def activations(self, *args):
+        x_by_layer = self.lm.activations(*args)
+        x_by_layer[LAYER][self.positions] = torch.inf
+        return x_by_layer
+
+    def run(self, *args):
+        logits_BLV, x_by_layer = self.lm.run(*args)
+        for layer in x_by_layer.keys() & {LAYER}:
+            x_by_layer[layer][self.positions] = torch.inf
+        return logits_BLV, x_by_layer
+
+    def run_from(self, layer, x_BLD, *text):
+        return self.lm.run_from(layer, x_BLD.nan_to_num(posinf=0), *text)
+
+
+def test_activations_that_overflow_are_counted_apart_and_said(lm, text):
+    tokens_BL, mask_BL = (tensor.repeat(40, 1) for tensor in text)
+    saes, n_tokens = [("sae", sae(AutoEncoder), LAYER), ("other", sae(AutoEncoder), 2)], int((mask_BL > 0).sum())
+    for positions in ([(0, 3), (1, 4)], [(7 * i, 3) for i in range(n_tokens // 1000 + 1)]):
+        overflowing = Overflowing(lm, positions)
+        evaluations = evaluate_saes(overflowing, saes, [(tokens_BL, mask_BL)])
+        sentence = f"{len(positions)} of {n_tokens:,} positions .* not finite in torch.float16: .*--dtype bfloat16"
+        results = evaluations["sae"].results
+        assert re.search(sentence, results["error" if len(positions) > 2 else "warning"])
+        counted = results["hyperparameters"]["positions"]
+        assert (counted["nonfinite"], counted["outliers"]) == (len(positions), 0)
+        if len(positions) == 2:
+            assert results["n_tokens"] == n_tokens - 40 * CONTEXTS - 2
+        assert not {"error", "warning"} & evaluations["other"].results.keys()
+    with pytest.raises(ValueError, match=sentence):  # it is the only one
+        evaluate_saes(overflowing, saes[:1], [(tokens_BL, mask_BL)])
+
+
 def test_results_have_the_references_keys_first_and_are_plain_finite_json(lm, text):
     settings = {"dataset": "letters"}
     for results, density_F in evaluate_saes(lm, every_sae(), in_batches(text, 3), hyperparameters=settings).values():
@@ -297,7 +389,7 @@ class Meddled:
     """The model, with other activations where the mask excludes a position."""
 
     def __init__(self, lm, text):
-        self.lm, self.excluded, self.spliced = lm, ~text[1] | (text[0] == 0), []
+        self.lm, self.excluded, self.spliced = lm, text[1] != 1, []
 
     def __getattr__(self, name):
         return getattr(self.lm, name)
@@ -337,26 +429,27 @@ def test_masked_positions_keep_their_activation_and_count_nowhere(lm, text):
 
 def test_the_mask_follows_its_policy(lm, text):
     saes, batches = [("sae", sae(AutoEncoder), LAYER)], in_batches(text, 3)
-    tokens_BL, mask_BL = text
-    n_real, n_bos = int(mask_BL.sum()), CONTEXTS
-    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL & (tokens_BL != 0)].norm(dim=1)
+    mask_BL = text[1]
+    n_real, n_bos = int((mask_BL > 0).sum()), CONTEXTS
+    norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL == 1].norm(dim=1)
     bound = float(norms_N.median()) + 1e-3
-    policies = [{"mask": False}, {}, {"norm_bounds": {LAYER: bound}}, {"mask": False, "norm_bounds": {LAYER: bound}}]
-    unmasked, default, bounded, off = (evaluate_saes(lm, saes, batches, **p)["sae"].results for p in policies)
+    masks = [Mask(drop_bos=False), Mask(), Mask(norm_bound=bound)]
+    unmasked, default, bounded = (evaluate_saes(lm, saes, batches, masks={"sae": m})["sae"].results for m in masks)
+    assert default == evaluate_saes(lm, saes, batches)["sae"].results
     assert unmasked["n_tokens"] == n_real == unmasked["n_loss_tokens"] + CONTEXTS
     assert default["n_tokens"] == n_real - n_bos
     assert bounded["n_tokens"] == int((norms_N <= bound).sum()) < default["n_tokens"]
-    assert off == unmasked
     settings = bounded["hyperparameters"]
     assert settings["norm_bound"] == bound
     n_outliers = default["n_tokens"] - bounded["n_tokens"]
-    expected = {"tokens": n_real, "padding": int((~mask_BL).sum()), "bos": n_bos, "outliers": n_outliers}
+    expected = {"tokens": n_real, "padding": int((mask_BL == 0).sum()), "bos": n_bos}
+    expected |= {"nonfinite": 0, "outliers": n_outliers}
     assert settings["positions"] == expected
     assert bounded["loss_original"] != default["loss_original"]
 
 
 def test_text_without_a_position_to_evaluate_is_one_clear_error(lm):
-    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
+    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), MARK))
     for batches in ([], [only_bos]):
         with pytest.raises(ValueError, match="evaluation text"):
             evaluate_saes(lm, [("sae", sae(AutoEncoder), LAYER)], batches)

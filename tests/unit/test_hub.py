@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
 
 from dictionary_learning import dictionary, hub
-from dictionary_learning.files import write_json
+from dictionary_learning.files import read_json, write_json
 from dictionary_learning.formats import save_sae
 from dictionary_learning.hub import UploadError, check_repo, upload_run
 from dictionary_learning.model_card import CARD_MARK, model_card
@@ -163,6 +164,97 @@ def test_a_layer_can_go_ahead_of_the_others(server, run_folder):
     assert paths == {"tiny_all/resid_post_layer_2/config.json", "tiny_all/run.json"}
 
 
+def with_id(folder: Path, run_id: str, **more) -> Path:
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"run_id": run_id, **more})
+    return folder
+
+
+def in_repo(server, name: str) -> dict[str, bytes]:
+    """The files in a folder of the repo, by their paths within it."""
+    files = server.repos["alice/saes"].files
+    return {path.removeprefix(f"{name}/"): content for path, content in files.items() if path.startswith(f"{name}/")}
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_gone_from_the_folder_is_gone_from_the_hub_and_nothing_else(server, run_folder):
+    server.repos["alice/saes"] = Repo(private=False, files={"tiny_all_2/x": b"", "LICENSE": b"", "[a]": b""})
+    (run_folder / "[resid]*").write_text("a name with the characters of a pattern")
+    upload_run(run_folder, "alice/saes", retry_seconds=())
+    (run_folder / "[resid]*").unlink()
+    shutil.rmtree(run_folder / "resid_post_layer_1" / "trainer_5")
+    (run_folder / "resid_post_layer_1" / "trainer_0" / "eval_results.json").unlink()
+    n_commits = len(server.repos["alice/saes"].commits)
+    upload_run(run_folder, "alice/saes", retry_seconds=())
+    assert in_repo(server, "tiny_all") == on_disk(run_folder)
+    others = {path for path in server.repos["alice/saes"].files if not path.startswith("tiny_all/")}
+    assert others == {"tiny_all_2/x", "LICENSE", "[a]", "README.md"}
+    assert server.repos["alice/saes"].commits[n_commits:] == ["Upload tiny_all", "Model card of tiny_all"]
+
+
+def test_a_layer_deletes_in_its_own_folder_alone(server, run_folder):
+    upload_run(run_folder, "alice/saes", retry_seconds=())
+    before = in_repo(server, "tiny_all")
+    shutil.rmtree(run_folder / "resid_post_layer_1" / "trainer_5")
+    (run_folder / "resid_post_layer_2").mkdir()
+    (run_folder / "resid_post_layer_2" / "config.json").write_text("{}")
+    upload_run(run_folder, "alice/saes", layer=2, retry_seconds=())
+    assert in_repo(server, "tiny_all") == before | {"resid_post_layer_2/config.json": b"{}"}
+    upload_run(run_folder, "alice/saes", layer=1, retry_seconds=())
+    assert in_repo(server, "tiny_all") == on_disk(run_folder)
+
+
+def test_another_run_of_the_same_name_is_refused_and_with_overwrite_replaced(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.time, "sleep", pytest.fail)  # no waiting can help
+    first = with_id(make_run(tmp_path / "a" / "tiny", "team/tiny"), "first")
+    second = with_id(make_run(tmp_path / "b" / "tiny", "team/tiny", SAES[:2]), "second")
+    upload_run(first, "alice/saes")
+    before = dict(server.repos["alice/saes"].files)
+    for layer in (None, 1):
+        with pytest.raises(ValueError, match="alice/saes has another run under the name tiny: give --overwrite"):
+            upload_run(second, "alice/saes", layer=layer)
+    assert server.repos["alice/saes"].files == before
+    upload_run(second, "alice/saes", overwrite=True)
+    assert in_repo(server, "tiny") == on_disk(second)
+    upload_run(second, "alice/saes")  # it is the same one now
+    with pytest.raises(ValueError, match="another run"):
+        upload_run(first, "alice/saes")
+    upload_run(with_id(first, "first", overwrite=True), "alice/saes")  # asked for when the run began
+    assert in_repo(server, "tiny") == on_disk(first)
+
+
+def test_runs_without_an_id_are_told_by_their_settings(server, tmp_path):
+    run = make_run(tmp_path / "a" / "tiny", "team/tiny", SAES[:1])
+    upload_run(run, "alice/saes", retry_seconds=())
+    upload_run(run, "alice/saes", retry_seconds=())
+    with pytest.raises(ValueError, match="another run"):
+        upload_run(make_run(tmp_path / "b" / "tiny", "team/other", SAES[:1]), "alice/saes", retry_seconds=())
+    with pytest.raises(ValueError, match="another run"):  # a new one, where the Hub has an old one
+        upload_run(with_id(run, "new"), "alice/saes", retry_seconds=())
+
+
+def test_another_run_of_the_same_name_is_told_before_training(server, tmp_path):
+    run = with_id(make_run(tmp_path / "a" / "tiny", "team/tiny", SAES[:1]), "first")
+    assert check_repo("alice/saes", run_folder=run) is None
+    upload_run(run, "alice/saes", retry_seconds=())
+    assert check_repo("alice/saes", run_folder=run) is None
+    assert check_repo("alice/saes", run_folder=tmp_path / "b" / "other") is None
+    with pytest.raises(ValueError, match="another run under the name tiny"):
+        check_repo("alice/saes", run_folder=tmp_path / "b" / "tiny")  # not yet begun
+    assert check_repo("alice/saes", run_folder=tmp_path / "b" / "tiny", overwrite=True) is None
+
+
+def test_a_card_that_lies_in_the_folder_for_want_of_room_stays_there(server, run_folder):
+    server.repos["alice/saes"] = Repo(private=False, files={"README.md": b"# Mine\n"})
+    for _ in range(2):
+        upload_run(run_folder, "alice/saes", retry_seconds=())
+        card = in_repo(server, "tiny_all")["README.md"]
+    commits = server.repos["alice/saes"].commits
+    assert CARD_MARK.encode() in card and commits == ["Upload tiny_all", "Model card of tiny_all"]
+
+
 def test_an_upload_that_breaks_goes_on_where_it_stopped(server, run_folder):
     answers = iter([500, 502])
     server.fail = lambda method, path: next(answers, None) if "/commit/" in path else None
@@ -175,9 +267,9 @@ def test_an_upload_that_breaks_goes_on_where_it_stopped(server, run_folder):
 def test_an_upload_that_fails_leaves_the_command_that_finishes_it(server, run_folder):
     server.fail = lambda method, path: 500 if "/commit/" in path else None
     with pytest.raises(UploadError) as caught:
-        upload_run(run_folder, "alice/saes", private=True, retry_seconds=(0,))
+        upload_run(run_folder, "alice/saes", private=True, overwrite=True, retry_seconds=(0,))
     command = shlex.split(str(caught.value).rpartition(": ")[2])
-    expected = ["--upload_only", str(run_folder), "--hf_repo_id", "alice/saes", "--private"]
+    expected = ["--upload_only", str(run_folder), "--hf_repo_id", "alice/saes", "--private", "--overwrite"]
     assert command == ["python", "demo.py", *expected]
     assert "hf_alice" not in str(caught.value)
 

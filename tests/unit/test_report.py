@@ -13,6 +13,7 @@ import torch
 
 from dictionary_learning import report
 from dictionary_learning.dictionary import AutoEncoder, AutoEncoderTopK
+from dictionary_learning.evaluation import evaluation_text
 from dictionary_learning.formats import save_sae
 from dictionary_learning.model import load_model
 from dictionary_learning.report import (
@@ -203,11 +204,12 @@ def test_the_page_holds_what_was_gathered(lm):
     assert all(len(text) == 20 for text in texts)
 
 
-def write_saes(folder: Path, model_folder: Path, n: int = 2, activation_dim: int = D) -> list[Path]:
-    folders = []
+def write_saes(folder: Path, model_folder: Path, n: int = 2, activation_dim: int = D, latents: int = F) -> list[Path]:
+    folders, k = [], min(4, latents)
     for i in range(n):
-        ae = AutoEncoderTopK(activation_dim, F, k=4, generator=torch.Generator().manual_seed(i))
-        trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "k": 4, "dict_size": F, "layer": 1}
+        ae = AutoEncoderTopK(activation_dim, latents, k=k, generator=torch.Generator().manual_seed(i))
+        trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "k": k, "dict_size": latents}
+        trainer |= {"layer": 1}
         trainer |= {"lm_name": str(model_folder), "activation_dim": activation_dim}
         trainer |= {"submodule_name": "resid_post_layer_1"}
         folders.append(folder / "resid_post_layer_1" / f"trainer_{i}")
@@ -236,14 +238,96 @@ def test_reports_of_a_run_folder(tiny_model_folder, text_file, tmp_path):
             assert all(objects["texts"][context][position] != bos for context, position, *_ in examples)
 
 
-def test_the_run_tells_which_model_and_text_it_was_evaluated_on(tiny_model_folder, text_file, tmp_path):
-    [folder] = write_saes(tmp_path / "run", Path("a/model/that/moved"), n=1)
-    settings = {"model_name": str(tiny_model_folder), "revision": None, "dtype": "float32", "text_column": "text"}
-    settings |= {"eval_dataset": str(text_file), "eval_is_held_out": False, "mixed_dataset": False}
-    settings |= {"chat_dataset": "none", "chat_fraction": 0.1, "pack_chats": False}
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+def run_of(folder: Path, model_folder: Path, dataset: Path, **settings) -> list[Path]:
+    """A run folder with one SAE, whose run.json has these settings."""
+    folders = write_saes(folder, Path("a/model/that/moved"), n=1)
+    settings = {"model_name": str(model_folder), "eval_dataset": str(dataset), "eval_is_held_out": False} | settings
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    return folders
+
+
+def words_of(page: Path) -> tuple[set[str], set[int]]:
+    """The words of the texts on a page, and how long its contexts are."""
+    objects = Page(page.read_text()).objects()
+    vocabulary = objects["index"]["vocabulary"]
+    texts = ["".join(vocabulary[token] for token in text) for text in objects["texts"]]
+    return set(re.findall(r"[a-z]{4,}", " ".join(texts))) - {"endoftext"}, set(map(len, objects["texts"]))
+
+
+@pytest.fixture
+def splits(tmp_path) -> Path:
+    """A folder of texts whose words tell their split and their column."""
+    for split in ("train", "test", "dev"):
+        rows = [{"text": f"{split}text " * 9, "body": f"{split}body " * 9} for _ in range(30)]
+        (tmp_path / "splits").mkdir(exist_ok=True)
+        (tmp_path / "splits" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "splits"
+
+
+def test_the_run_tells_which_model_and_text_it_was_evaluated_on(tiny_model_folder, splits, tmp_path):
+    settings = {"split": "test", "subset": None, "text_column": "body", "context_length": 24, "dtype": "float32"}
+    [folder] = run_of(tmp_path / "run", tiny_model_folder, splits, **settings)
     [page] = write_reports(folder, num_tokens=200, device="cpu")
-    assert ["Text", str(text_file)] in Page(page.read_text()).objects()["index"]["facts"]
+    assert ["Text", str(splits)] in Page(page.read_text()).objects()["index"]["facts"]
+    words, lengths = words_of(page)
+    assert "testbody" in words and all(word in "testbody" for word in words)  # contexts cut words
+    assert max(lengths) == 24
+    # what is said in the call goes before what the run says
+    [page] = write_reports(folder, num_tokens=200, device="cpu", split="dev", text_column="text")
+    assert "devtext" in words_of(page)[0] and not any("body" in word for word in words_of(page)[0])
+
+
+def test_every_run_below_a_folder_tells_its_own_text(tiny_model_folder, splits, tmp_path):
+    for split in ("test", "dev"):
+        run_of(tmp_path / "saes" / split, tiny_model_folder, splits, split=split, text_column="text")
+    pages = write_reports(tmp_path / "saes", num_tokens=200, device="cpu")
+    assert [any("testtext" in word for word in words_of(page)[0]) for page in pages] == [False, True]
+
+
+def test_the_text_of_an_evaluation_is_what_its_settings_say():
+    settings = {"dataset": "team/texts", "eval_dataset": "team/texts", "eval_is_held_out": True, "split": "train"}
+    settings |= {"subset": "en", "text_column": "body", "context_length": 32, "random_seeds": [7, 8]}
+    settings |= {"mixed_dataset": True, "chat_dataset": "team/chats", "chat_fraction": 0.2, "pack_chats": True}
+    expected = {"dataset": "team/texts", "held_out": True, "seed": 7, "split": "train", "subset": "en"}
+    expected |= {"text_column": "body", "context_length": 32}
+    expected |= {"mixed": True, "chat_dataset": "team/chats", "chat_fraction": 0.2, "chat_pack": True}
+    assert evaluation_text(settings) == expected
+    other = evaluation_text(settings | {"eval_dataset": "team/other", "eval_is_held_out": False})
+    assert (other["held_out"], "subset" in other) == (None, False)  # the subset is one of the training set
+    own = {"eval_split": "validation", "eval_subset": "de", "eval_text_column": "content"}
+    assert evaluation_text(settings | own).items() >= {
+        "split": "validation", "subset": "de", "text_column": "content"
+    }.items()  # fmt: skip
+
+
+def test_the_model_is_loaded_as_the_run_loaded_it_but_runs_code_of_its_own_only_when_told(
+    tiny_model_folder, splits, tmp_path, monkeypatch
+):
+    told = {}
+
+    def load(name, **options):
+        told.update(options, name=name)
+        return load_model(str(tiny_model_folder))
+
+    monkeypatch.setattr(report, "load_model", load)
+    settings = {"model_name": "team/model", "revision": "v2", "dtype": "bfloat16", "attn_implementation": "eager"}
+    settings |= {"trust_remote_code": True, "split": "test"}
+    [folder] = run_of(tmp_path / "run", tiny_model_folder, splits, **settings)
+    write_reports(folder, num_tokens=200, device="cpu")
+    expected = {"name": "team/model", "revision": "v2", "dtype": torch.bfloat16, "attn_implementation": "eager"}
+    assert told.items() >= (expected | {"trust_remote_code": False}).items()
+    command = ["--model", "team/other", "--dtype", "float16", "--attn_implementation", "sdpa", "--trust_remote_code"]
+    assert report.main([str(folder), "--num_tokens", "200", "--device", "cpu", *command]) == 0
+    expected = {"name": "team/other", "revision": None, "dtype": torch.float16, "attn_implementation": "sdpa"}
+    assert told.items() >= (expected | {"trust_remote_code": True}).items()
+
+
+def test_a_report_of_one_latent(tiny_model_folder, text_file, tmp_path):
+    write_saes(tmp_path / "run", tiny_model_folder, n=1, latents=1)
+    [page] = write_reports(tmp_path / "run", dataset=str(text_file), num_tokens=200, device="cpu")
+    objects = Page(page.read_text()).objects()
+    assert objects["index"]["cosine"] == [] and len(objects["index"]["density"]) == 1
+    assert [latent["similar"] for latent in objects["latents-0"]] == [[]]
 
 
 def test_broken_saes_are_warned_about_and_stop_no_other(tiny_model_folder, text_file, tmp_path):

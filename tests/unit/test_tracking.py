@@ -1,12 +1,15 @@
 """W&B: an offline sweep read back from its files, and every way in which W&B can fail."""
 
 import json
-import struct
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dictionary_learning.tracking import Tracker, WandbRuns
+from dictionary_learning.files import append_jsonl
+from dictionary_learning.tracking import Tracker, WandbRuns, records
 
 wandb = pytest.importorskip("wandb")
 
@@ -14,28 +17,10 @@ NAMES = [f"TopKTrainer-tiny-resid_post_layer_2_trainer_{i}" for i in range(2)]
 
 
 def read_offline(folder: Path) -> dict:
-    """What one offline run recorded: its settings, its rows in order, its summary, its metric definitions.
-
-    A .wandb file is 7 bytes of header, then LevelDB's log format: blocks of 32 KiB with records of checksum, length
-    and type (1 whole, 2 first, 3 middle, 4 last part), each whole record a protobuf.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    """What one offline run recorded: its settings, its rows in order, its summary, its metric definitions."""
     (path,) = folder.glob("*.wandb")
-    data, position, payload = path.read_bytes(), 7, b""
     run: dict = {"rows": [], "summary": {}, "metrics": {}}
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        payload += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (2, 3):
-            continue
-        record = Record.FromString(payload)
-        payload = b""
+    for record in records(path):
         match record.WhichOneof("record_type"):
             case "run":
                 run |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group}
@@ -54,7 +39,7 @@ def read_offline(folder: Path) -> dict:
 
 def offline_runs(folder: Path) -> list[dict]:
     wandb.teardown()  # a finished run's file is only then sure to be written
-    return sorted(map(read_offline, (folder / "wandb").glob("offline-run-*")), key=lambda run: run["name"])
+    return sorted(map(read_offline, (folder / "wandb").glob("offline-run-*")), key=lambda run: run.get("name", ""))
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +97,85 @@ def test_a_resumed_sweep_goes_on_in_the_same_runs(tmp_path):
     second.finish()
     assert second.ids == first.ids
     assert sorted(run["id"] for run in offline_runs(tmp_path)) == sorted(first.ids * 2)
+
+
+def rows_of(folder: Path, name: str) -> list[tuple[int, dict]]:
+    """What all offline files of a run have, without what W&B adds."""
+    rows = [row for run in offline_runs(folder) if run.get("name") == name for row in run["rows"]]
+    return [(step, {key: value for key, value in logged.items() if key[0] != "_"}) for step, logged in rows]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.97, 1.0])
+def test_rows_that_a_killed_process_has_not_written_are_sent_once(tmp_path, kept):
+    """The file of W&B ends anywhere, and the process had gone on behind the state that it is resumed from."""
+    histories = [tmp_path / f"metrics_{i}.jsonl" for i in range(2)]
+    steps = list(range(0, 20_000, 100))  # some 60 KB: W&B writes 32 KiB at a time
+    first = sweep(tmp_path)
+    for i in range(2):
+        for step in steps:
+            append_jsonl(histories[i], row(step, l0=float(i)))
+            first.log(i, row(step, l0=float(i)), step)
+    first.finish()
+    wandb.teardown()
+    for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with histories[0].open("a") as file:
+        file.write('{"step": 20000, "lo')
+
+    second = sweep(tmp_path, ids=first.ids, histories=histories)
+    for step in (19_900, 20_000, 20_100):  # resumed a row before the end
+        second.log(1, row(step, l0=1.0), step)
+    second.finish()
+    assert sorted(rows_of(tmp_path, NAMES[0])) == [(step, row(step, l0=0.0)) for step in steps]
+    assert sorted(rows_of(tmp_path, NAMES[1])) == [(step, row(step, l0=1.0)) for step in [*steps, 20_000, 20_100]]
+
+
+def test_rows_of_a_process_that_was_killed_are_sent_once(tmp_path):
+    program = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+import test_tracking
+from dictionary_learning.files import append_jsonl
+runs = test_tracking.sweep(Path({str(tmp_path)!r}), ids=["aaaa1111", "bbbb2222"])
+for step in range(50):
+    append_jsonl({str(tmp_path / "metrics.jsonl")!r}, test_tracking.row(step, l0=2.0))
+    runs.log(0, test_tracking.row(step, l0=2.0), step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL
+    histories = [tmp_path / "metrics.jsonl", tmp_path / "none.jsonl"]
+    sweep(tmp_path, ids=["aaaa1111", "bbbb2222"], histories=histories).finish()
+    assert sorted(rows_of(tmp_path, NAMES[0])) == [(step, row(step, l0=2.0)) for step in range(50)]
+
+
+def test_an_online_run_goes_on_where_the_server_stands(tmp_path, monkeypatch):
+    class Run:
+        id, offline, starting_step = "aaaa1111", False, 3
+
+        def __init__(self):
+            self.steps = []
+
+        def log(self, metrics, step):
+            assert metrics == row(step, l0=1.0)
+            self.steps.append(step)
+
+        def define_metric(self, *_, **__):
+            pass
+
+        def finish(self):
+            pass
+
+    made = []
+    monkeypatch.setattr(wandb, "init", lambda **_: made.append(Run()) or made[-1])
+    for step in range(5):
+        append_jsonl(tmp_path / "metrics.jsonl", row(step, l0=1.0))
+    runs = WandbRuns(NAMES[:1], [{}], project="p", group="g", folder=tmp_path, ids=["aaaa1111"],
+                     histories=[tmp_path / "metrics.jsonl"])  # fmt: skip
+    for step in (4, 5):
+        runs.log(0, row(step, l0=1.0), step)
+    assert made[0].steps == [3, 4, 5] and runs.finish() == []
 
 
 @pytest.mark.parametrize("key", [None, "k" * 40], ids=["no login", "no server"])
