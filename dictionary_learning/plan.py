@@ -236,20 +236,36 @@ def check_disk(plan: Plan) -> None:
 
 
 def check_text(plan: Plan) -> None:
-    """Where it can be known soon: is there text enough for the tokens asked?"""
-    sweep, options = plan.sweep, plan.options
+    """Open all text before training, print what there is to say of it, and count it where that is quick.
+
+    Raises ValueError where a text cannot be read, or is too little for the tokens asked.
+    """
+    sweep, source = plan.sweep, plan.source(evaluation=False)
+    tokenizer = load_tokenizer(plan.model_name, plan.options.revision, plan.options.trust_remote_code)
+    notes: list[str] = []
+    for evaluation in (False, True):
+        text = plan.open_text(tokenizer, evaluation=evaluation)
+        try:
+            if next(text, None) is None:
+                flag = "--eval_dataset" if evaluation else "--dataset"
+                raise ValueError(f"{plan.source(evaluation).dataset} has no text to read: give another {flag}.")
+            notes += text.notes
+        finally:
+            text.close()
+    print("\n".join(dict.fromkeys(notes)), end="\n" if notes else "")
     documents = open_documents(
-        sweep.dataset,
-        text_column=sweep.text_column,
-        split=sweep.split,
-        subset=sweep.subset,
+        source.dataset,
+        text_column=source.text_column,
+        split=source.split,
+        subset=source.subset,
         held_out=False if plan.held_out else None,
         epochs=sweep.epochs,
+        skip_damaged=sweep.skip_damaged,
     )
-    tokens = estimate_tokens(documents, load_tokenizer(plan.model_name, options.revision, options.trust_remote_code))
+    tokens = estimate_tokens(documents, tokenizer)
     asked = sweep.num_tokens * (1 - sweep.chat_fraction if sweep.mixed_dataset else 1)
     if tokens is not None and tokens < 0.9 * asked:  # near the limit, training will tell
         raise ValueError(
-            f"{sweep.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
+            f"{source.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
             f"for {round(asked):,}: give more text, ask for fewer with --num_tokens, or read it again with --epochs."
         )

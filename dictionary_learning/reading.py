@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .data import open_batches
-from .model import LanguageModel, load_model, model_identity
+from .data import Source, open_batches, overlap
+from .model import LanguageModel, generation_eos_ids, load_model, model_identity, text_marks
 from .sweep import EVALUATION_SETTINGS, Options, Sweep
 from .world import World
 
@@ -21,10 +21,20 @@ class Reading:
     device: str
     world: World
 
-    @property
+    def source(self, evaluation: bool) -> Source:
+        """The text without its chats."""
+        sweep = self.sweep
+        if evaluation:
+            return Source(sweep.eval_dataset, sweep.eval_split, sweep.eval_subset, sweep.eval_text_column)
+        return Source(sweep.dataset, sweep.split, sweep.subset, sweep.text_column)
+
+    @cached_property
     def held_out(self) -> bool:
-        """Whether evaluation text is the held-out part of the training set."""
-        return self.sweep.eval_dataset == self.sweep.dataset
+        """Whether training and evaluation share text, so that a held-out part of it is for evaluation alone.
+
+        Of chats that is always so: both take them from one dataset.
+        """
+        return overlap(self.source(evaluation=False), self.source(evaluation=True))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -49,23 +59,32 @@ class Reading:
         )
 
     def open_text(self, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:
-        """Batches of contexts, for training or for evaluation."""
-        sweep = self.sweep
+        """Batches of contexts, for training or for evaluation, which is drawn from all of its text."""
+        sweep, source = self.sweep, self.source(evaluation)
+        marks = text_marks(tokenizer, generation_eos_ids(self.options.model_name, self.options.revision))
         eval_batch_size = sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)
         return open_batches(
-            sweep.eval_dataset if evaluation else sweep.dataset,
+            source.dataset,
             tokenizer,
             context_length=sweep.context_length,
             batch_size=eval_batch_size if evaluation else sweep.llm_batch_size,
-            text_column=sweep.text_column,
-            split=sweep.split,
-            subset=sweep.eval_subset if evaluation else sweep.subset,
+            text_column=source.text_column,
+            split=source.split,
+            subset=source.subset,
             held_out=evaluation if self.held_out else None,
             epochs=1 if evaluation else sweep.epochs,
             mixed=sweep.mixed_dataset,
             chat_dataset=sweep.chat_dataset,
+            chat_split=sweep.chat_split,
+            chat_subset=sweep.chat_subset,
+            chat_held_out=evaluation,
             chat_fraction=sweep.chat_fraction,
             chat_pack=sweep.pack_chats,
+            marks=marks,
+            prepend_bos=sweep.prepend_bos,
+            exclude_special_tokens=sweep.exclude_special_tokens,
+            shuffle=evaluation or sweep.shuffle,
+            skip_damaged=sweep.skip_damaged,
             seed=sweep.random_seeds[0],
             shard=shard,
         )

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from .buffer import ActivationBuffer
+from .data import skipped_sentence
 from .files import read_json, write_json
 from .kernels import Shard, use_kernels
 from .model import LanguageModel, resolve_device
@@ -227,7 +229,13 @@ def train(
             text.close()
     world.gather(None)  # every SAE is written
     seconds = time.monotonic() - started
-    world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, seconds, ended), rank=0)
+    texts = world.gather([(text.skipped, text.n_read) for text in shards if text is not None])
+    skipped = sum((skipped for part in texts for skipped, _ in part), Counter())
+    n_read = sum(n for part in texts for _, n in part)
+    about_text = {"rows": n_read, "skipped": dict(skipped)}
+    world.together(lambda: finish_training(plan, buffer, loop, wandb_ids, seconds, ended, about_text), rank=0)
+    if world.rank == 0 and (sentence := skipped_sentence(skipped, n_read)):
+        print(sentence, file=sys.stderr)
     return ended
 
 
@@ -248,7 +256,13 @@ def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
 
 
 def finish_training(
-    plan: Plan, buffer: ActivationBuffer, loop: Loop, wandb_ids: list[str], seconds: float, ended: str | None
+    plan: Plan,
+    buffer: ActivationBuffer,
+    loop: Loop,
+    wandb_ids: list[str],
+    seconds: float,
+    ended: str | None,
+    about_text: dict[str, Any],
 ) -> None:
     """Note in run.json that the SAEs are trained, and on what; unless the text ended, the resume state has served."""
     record = plan.folder / "run.json"
@@ -261,6 +275,7 @@ def finish_training(
         "positions": dict(buffer.counts),
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
         "wandb_ids": wandb_ids,
+        **about_text,
     }
     content.pop("ended_early", None)
     if ended is not None:
