@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .files import read_json
-from .plotting import SAERecord, read_runs
+from .plotting import SAERecord, read_runs, setting_text, settings_that_vary
 
 CARD_MARK = "<!-- dictionary_learning: an upload renews the section of its run; the rest of this file is yours -->"
 METADATA = {
@@ -147,14 +147,17 @@ def _name(run_folder: Path, record: SAERecord) -> str:
 
 def _tables(run_folder: Path, records: list[SAERecord]) -> list[str]:
     """Settings and measurements, a table for each layer's folder."""
-    headings = ["SAE", "architecture", "width", "setting", *(heading for heading, _ in COLUMNS.values())]
+    varying = settings_that_vary([record.trainer for record in records])
+    headings = ["SAE", "architecture", "width", "setting", *varying.values()]
+    headings += [heading for heading, _ in COLUMNS.values()]
     tables: dict[Path, list[list[str]]] = {}
     for record in records:
         setting = next((f"{key} {record.trainer[key]:g}" for key in SPARSITY_SETTINGS if record.trainer.get(key)), "")
         numbers = [
             format(record.results[key], form) if key in record.results else "–" for key, (_, form) in COLUMNS.items()
         ]
-        row = [f"`{record.folder.name}`", record.style.label, f"{record.width:,}", setting, *numbers]
+        own = [setting_text(record.trainer.get(key)) for key in varying]
+        row = [f"`{record.folder.name}`", record.style.label, f"{record.width:,}", setting, *own, *numbers]
         tables.setdefault(record.folder.parent, []).append(row)
     ruler = ["---"] * 2 + ["---:"] * (len(headings) - 2)
     return [
@@ -179,10 +182,12 @@ def _limits(run_folder: Path, run: dict[str, Any], records: list[SAERecord]) -> 
     limits = []
     for record in records:
         name, l0, alive = _name(run_folder, record), record.results.get("l0"), record.results.get("frac_alive")
-        results_file = record.folder / "eval_results.json"
-        results = read_json(results_file) if results_file.is_file() else {}
-        said = [record.trainer.get("failure"), results.get("error"), results.get("warning")]
+        said = [record.trainer.get("failure"), *record.said.values()]
         limits += [f"{name}: {sentence}" for sentence in said if sentence]
+        if ended := record.trainer.get("ended_early"):
+            limits.append(
+                f"{name} was trained on {ended['tokens']:,} of the {ended['asked']:,} tokens asked for: the text ended."
+            )
         asked = record.trainer.get("k") or record.trainer.get("target_l0")
         if l0 is None:
             limits.append(f"{name} has no measurements.")
@@ -279,12 +284,21 @@ def _tensors(records: list[SAERecord]) -> str:
     return "\n".join(rows) + "\n\nD: coordinates of the residual stream. F: latents. (): a single number."
 
 
+def _skipped(run: dict[str, Any]) -> str:
+    """How many rows of the training text were left out, and why."""
+    skipped = run.get("skipped") or {}
+    if not skipped:
+        return ""
+    why = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items())
+    return f"{sum(skipped.values()):,}" + (f" of {run['rows']:,}" if run.get("rows") else "") + f" ({why})"
+
+
 def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
     settings = run.get("settings", {})
 
     def spread(key: str) -> str:
         values = {record.trainer[key] for record in records if record.trainer.get(key) is not None}
-        return ", ".join(f"{value:,g}" for value in sorted(values))
+        return ", ".join(f"{value:,g}" for value in sorted(values))  # several: the tables tell whose is which
 
     command = re.sub(r"^\S*/", "", run.get("command", ""))  # where the program lies is nobody's concern
     facts = {
@@ -292,6 +306,7 @@ def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
         "Text": _link(settings["dataset"], "datasets/") if "dataset" in settings else "",
         "Text of the evaluation": _link(settings["eval_dataset"], "datasets/") if "eval_dataset" in settings else "",
         "Tokens": f"{run['tokens']:,}" if "tokens" in run else "",
+        "Rows of the text that were skipped": _skipped(run),
         "Context length": settings.get("context_length", ""),
         "Steps": spread("steps"),
         "Batch size": settings.get("sae_batch_size", ""),

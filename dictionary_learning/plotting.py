@@ -62,12 +62,14 @@ INK, FAINT, GRID = "#222222", "#6B6B6B", "#E6E6E6"
 @dataclass(frozen=True)
 class SAERecord:
     """One SAE folder: `trainer` is that part of its config.json, `results` the finite numbers of its eval_results.json,
-    `history` the lines of its metrics.jsonl; the last two are empty where the file is missing or broken."""
+    `said` its sentences ("error", "warning"), `history` the finite numbers of the lines of its metrics.jsonl; empty
+    where a file is missing or broken."""
 
     folder: Path
     trainer: dict[str, Any]
     results: dict[str, float]
-    history: list[dict[str, Any]]
+    said: dict[str, str]
+    history: list[dict[str, float]]
 
     @property
     def style(self) -> Style:
@@ -81,7 +83,7 @@ class SAERecord:
     @property
     def panel(self) -> tuple[str, int]:
         """What shares one set of axes: the model and the layer."""
-        return self.trainer.get("lm_name", ""), self.trainer["layer"]
+        return str(self.trainer.get("lm_name") or "unknown model"), self.trainer["layer"]
 
     @property
     def sweep(self) -> tuple:
@@ -113,12 +115,28 @@ def read_runs(run_folders: Iterable[str | Path]) -> tuple[list[SAERecord], list[
             results = _read(folder / "eval_results.json", _object, problems) or {}
             if "error" in results:
                 problems.append(f"{folder} could not be evaluated: {results['error']}")
-            numbers = {key: value for key, value in results.items() if _is_number(value)}
+            said = {key: value for key, value in results.items() if key in ("error", "warning") and value}
             # the reference library writes no history, so a missing one is no problem
-            has_history = (folder / "metrics.jsonl").is_file()
-            history = (_read(folder / "metrics.jsonl", _lines, problems) if has_history else None) or []
-            records.append(SAERecord(folder, trainer, numbers, history))
+            lines, broken = [], 0
+            if (folder / "metrics.jsonl").is_file():
+                lines, broken = _read(folder / "metrics.jsonl", _lines, problems) or ([], 0)
+            if broken:
+                problems.append(
+                    f"{folder / 'metrics.jsonl'} has {broken} of {len(lines) + broken} lines broken: not read"
+                )
+            records.append(SAERecord(folder, trainer, _numbers(results), said, [_numbers(line) for line in lines]))
     return records, problems
+
+
+def settings_that_vary(trainers: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of the settings that no table shows otherwise, those that differ between SAEs: {key of config.json: heading}."""
+    headings = {"seed": "seed", "lr": "learning rate"}
+    return {key: heading for key, heading in headings.items() if len({t.get(key) for t in trainers}) > 1}
+
+
+def setting_text(value: Any) -> str:
+    """Such a setting in a cell of a table."""
+    return f"{value:g}" if _is_number(value) else "–"
 
 
 def plot_pareto(run_folders: Iterable[str | Path], path: str | Path) -> list[str]:
@@ -190,12 +208,17 @@ def density_figure(records: Sequence[SAERecord]) -> "Figure":
     tokens on which each latent is active): a row per architecture, a column per layer, a line per SAE. Latents that
     never fire have no place on the logarithmic axis; their share is written into the panel."""
     import numpy as np
-    from safetensors.numpy import load_file
 
-    drawn = [record for record in records if (record.folder / "density.safetensors").is_file()]
-    if not drawn:
+    there = [record for record in records if (record.folder / "density.safetensors").is_file()]
+    if not there:
         return _empty_figure(f"Latent densities: none of the {len(records)} SAEs has a density.safetensors")
+    densities = {record.folder: _density(record.folder / "density.safetensors") for record in there}
+    drawn = [record for record in there if densities[record.folder] is not None]
+    broken = f"not drawn: {len(there) - len(drawn)} of {len(there)} SAEs, whose density.safetensors is broken"
+    if not drawn:
+        return _empty_figure(f"Latent densities, {broken}")
     note = "share of the tokens on which a latent fires; a line per SAE, the stronger the larger its L0"
+    note += f"; {broken}" * (len(drawn) < len(there))
     labels = [style.label for style in _styles(drawn)]
     figure, panels = _grid(drawn, "Density of the latents", note, rows=labels, height=1.1)
     widths, strengths = _widths(drawn), _strengths(drawn)
@@ -204,7 +227,7 @@ def density_figure(records: Sequence[SAERecord]) -> "Figure":
         for label, ax in zip(labels, column, strict=True):
             silent = []
             for record in (r for r in drawn if r.panel == panel and r.style.label == label):
-                density_F = load_file(record.folder / "density.safetensors")["density"]
+                density_F = densities[record.folder]
                 counts, _ = np.histogram(np.log10(density_F[density_F > 0]), bins=edges)
                 strokes = _strokes(record, widths, strengths[record.folder])
                 ax.plot((edges[1:] + edges[:-1]) / 2, counts / density_F.size, **strokes)
@@ -245,8 +268,32 @@ def _object(text: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+def _lines(text: str) -> tuple[list[dict[str, Any]], int]:
+    """(the lines that are whole, how many are not): a kill cuts the last one."""
+    lines: list[dict[str, Any]] = []
+    broken = 0
+    for line in text.splitlines():
+        try:
+            lines.append(_object(line))
+        except (ValueError, TypeError):
+            broken += 1
+    return lines, broken
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if _is_number(value)}
+
+
+def _density(path: Path) -> Any:
+    """density_F, an array, or None where the file is broken."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        density_F = load_file(path)["density"]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    return density_F if density_F.ndim == 1 and density_F.size else None
 
 
 def _is_number(value: Any) -> bool:

@@ -417,7 +417,8 @@ def write_reports(
             ae, config = load_dictionary(path)
             if not all(weights.isfinite().all() for weights in ae.parameters()):
                 raise ValueError("it has weights that are not finite")
-            groups.setdefault((_run_record(path), config["trainer"]["lm_name"]), []).append((path, ae, config))
+            lm_name = str(config["trainer"].get("lm_name") or "")
+            groups.setdefault((_run_record(path), lm_name), []).append((path, ae, config))
         except (ValueError, OSError) as error:
             warnings.warn(f"no report of {path}: {error}", stacklevel=2)
     if not groups:
@@ -426,6 +427,8 @@ def write_reports(
     for (record, lm_name), saes in groups.items():
         run = {} if record is None else read_json(record)["settings"]
         name = model or run.get("model_name") or lm_name
+        if not name:
+            raise ValueError(f"{saes[0][0]} does not say which model it was trained on: give --model")
         lm = load_model(
             name,
             device=resolve_device(device),

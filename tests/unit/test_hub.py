@@ -309,6 +309,36 @@ def test_the_card_says_what_is_there_and_how_good_it_is(run_folder):
     assert "`W_enc` (D, F)" in card and "`encoder.weight` (F, D)" in card
 
 
+def edit_trainer(sae_folder: Path, **settings) -> None:
+    config = read_json(sae_folder / "config.json")
+    write_json(sae_folder / "config.json", config | {"trainer": config["trainer"] | settings})
+
+
+def test_the_card_tells_seed_and_learning_rate_where_a_run_has_several(run_folder):
+    alike = model_card(run_folder, "alice/saes") or ""
+    assert "| setting | L0 |" in alike
+    for i in range(6):
+        edit_trainer(run_folder / "resid_post_layer_1" / f"trainer_{i}", seed=i % 2, lr=[1e-3, 3e-4][i // 3])
+    card = model_card(run_folder, "alice/saes") or ""
+    assert "| setting | seed | learning rate | L0 |" in card
+    assert "| `trainer_3` | BatchTopK | 48 | k 4 | 1 | 0.0003 | 4.4 |" in card
+    assert "| `trainer_4` | Matryoshka | 48 | k 4 | 0 | 0.0003 | 4.5 |" in card
+
+
+def test_the_card_tells_what_ended_early_and_what_was_skipped(run_folder):
+    edit_trainer(run_folder / "resid_post_layer_1" / "trainer_2", ended_early={"tokens": 950_000, "asked": 1_000_000})
+    record = read_json(run_folder / "run.json")
+    write_json(run_folder / "run.json", record | {"skipped": {"empty": 1200, "not text": 34}, "rows": 4200})
+    limits, _, training = (model_card(run_folder, "alice/saes") or "").partition("### Training")
+    sentence = (
+        "`resid_post_layer_1/trainer_2` was trained on 950,000 of the 1,000,000 tokens asked for: the text ended."
+    )
+    assert limits.count(sentence) == 1 and limits.count("the text ended") == 1
+    assert "- Rows of the text that were skipped: 1,234 of 4,200 (1,200 empty, 34 not text)\n" in training
+    write_json(run_folder / "run.json", record | {"skipped": {}, "rows": 4200})
+    assert "skipped" not in (model_card(run_folder, "alice/saes") or "")
+
+
 @pytest.mark.parametrize(
     "results, sentence",
     [

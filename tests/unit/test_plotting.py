@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from dictionary_learning import plotting
-from dictionary_learning.plotting import ARCHITECTURE_STYLES, density_figure, pareto_figure, read_runs, training_figure
+from dictionary_learning.plotting import (
+    ARCHITECTURE_STYLES,
+    density_figure,
+    pareto_figure,
+    read_runs,
+    setting_text,
+    settings_that_vary,
+    training_figure,
+)
 
 
 def write_sae(
@@ -90,7 +98,7 @@ def test_broken_files_are_reported_and_stop_nothing(tmp_path):
     (write_sae(tmp_path, 0) / "eval_results.json").write_text('{"l0": 3')
     (write_sae(tmp_path, 1) / "eval_results.json").write_text("[1]")
     (write_sae(tmp_path, 2) / "config.json").write_text("{}")
-    (write_sae(tmp_path, 3, history=2) / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    (write_sae(tmp_path, 3, history=2) / "metrics.jsonl").write_text('{"st')
     write_sae(tmp_path, 4, results={"l0": None, "error": "it broke"})
     write_sae(tmp_path, 5)
     records, problems = read_runs([tmp_path])
@@ -100,6 +108,57 @@ def test_broken_files_are_reported_and_stop_nothing(tmp_path):
         assert what in problem
     assert len(pareto_figure(records).axes[0].lines) == 1
     assert training_figure(records).axes == []
+
+
+def test_a_history_that_a_kill_has_cut_keeps_its_whole_lines(tmp_path):
+    path = write_sae(tmp_path, 0, history=5) / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20] + '\n[1]\n{"step": "x", "tokens": 99, "loss": "much"}\n')
+    records, [problem] = read_runs([tmp_path])
+    assert "metrics.jsonl has 2 of 7 lines broken" in problem
+    assert [line["tokens"] for line in records[0].history] == [0, 8, 16, 24, 99]
+    figure = training_figure(records, ["loss", "l0"])
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0, 8, 16, 24, 99]
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", [None, 7])
+def test_a_model_that_has_no_name_is_drawn_beside_others(tmp_path, name):
+    for i, lm_name in enumerate([name, "some/model"]):
+        folder = write_sae(tmp_path, i, history=3, density=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["trainer"]["lm_name"] = lm_name
+        (folder / "config.json").write_text(json.dumps(config))
+    records, problems = read_runs([tmp_path])
+    assert not problems
+    for draw in (pareto_figure, training_figure, density_figure):
+        figure = draw(records)
+        figure.canvas.draw()
+        assert ("7, layer 1" if name else "unknown model, layer 1") in texts(figure) and "model, layer 1" in texts(
+            figure
+        )
+
+
+def test_densities_that_are_broken_are_counted_and_stop_no_other(tmp_path):
+    from safetensors.numpy import save_file
+
+    write_sae(tmp_path, 0, density=True)
+    cut, other, empty = (write_sae(tmp_path, i, density=True) / "density.safetensors" for i in (1, 2, 3))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    save_file({}, other)
+    empty.write_bytes(b"")
+    figure = density_figure(read_runs([tmp_path])[0])
+    assert "not drawn: 3 of 4 SAEs, whose density.safetensors is broken" in texts(figure)
+    assert len(figure.axes[0].lines) == 1
+    (tmp_path / "resid_post_layer_1" / "trainer_0" / "density.safetensors").unlink()
+    assert "not drawn: 3 of 3 SAEs" in texts(density_figure(read_runs([tmp_path])[0]))
+
+
+def test_seed_and_learning_rate_are_told_where_they_differ():
+    trainers = [{"seed": 0, "lr": 1e-3}, {"seed": 1, "lr": 1e-3}, {"seed": None, "lr": 1e-3}]
+    assert settings_that_vary(trainers) == {"seed": "seed"}
+    assert settings_that_vary([{"seed": 0, "lr": 1e-3}, {"seed": 0, "lr": 3e-4}]) == {"lr": "learning rate"}
+    assert settings_that_vary(trainers[:1]) == {} == settings_that_vary([])
+    assert [setting_text(value) for value in (0, 3e-4, None)] == ["0", "0.0003", "–"]
 
 
 def test_numbers_that_are_not_finite_are_no_numbers(tmp_path):
