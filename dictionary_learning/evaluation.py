@@ -43,13 +43,13 @@ def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `data.open_batches` for the text on which a run is evaluated; tokenizer and batches aside.
 
     settings: those of its run.json. Whoever reads that text asks here, so that all read the same. Where evaluation has
-    no split, subset or column of its own, split and column are those of training; the subset too, if the text is the
-    held-out part of the training set.
+    no split or column of its own, they are those of training; the subset too, where an older run says nothing of it and
+    the text is the held-out part of the training set.
     """
     held_out = settings["eval_is_held_out"]
     own = {name: settings.get(f"eval_{name}") for name in ("split", "subset", "text_column")}
     training = {name: settings.get(name) for name in own}
-    if not held_out:
+    if not held_out or "eval_subset" in settings:
         training["subset"] = None
     names = {"context_length": "context_length", "mixed_dataset": "mixed", "chat_dataset": "chat_dataset"}
     names |= {"chat_fraction": "chat_fraction", "pack_chats": "chat_pack"}
