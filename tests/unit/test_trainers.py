@@ -1,6 +1,7 @@
 """Laws of the trainers: what a step may change, and what may not change a step."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -404,3 +405,13 @@ def test_no_penalty_target_or_rate_is_negative_or_no_number(trainer, name, may_b
     else:
         with pytest.raises(ValueError, match=f"{name} must be a .*number.*, got {value}"):
             config(**settings, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["dictionary_widths", "learning_rates", "random_seeds", "target_l0s", "gated_penalties"]
+)
+def test_a_grid_that_has_a_value_twice_is_refused(name):
+    values = getattr(SWEEP, name)
+    sweep = dataclasses.replace(SWEEP, **{name: [*values, values[0] + 1, float(values[0])]})
+    with pytest.raises(ValueError, match=f"--{name} has a value twice"):
+        get_trainer_configs(sweep, ARCHITECTURES, "m", 0, D, "cpu")
