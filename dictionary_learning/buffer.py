@@ -486,8 +486,11 @@ class ActivationBuffer:
         return self.world.rank == min(self.source.readers[layer])
 
     def _fill(self) -> None:
-        """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows."""
-        self._filling = True
+        """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows.
+
+        Where the text has ended already nothing is new and nothing shuffled: a resumed buffer has to ask once more.
+        """
+        is_new, self._filling = self._filling, True
         while self._cursor > 0:
             while not self._surplus and self.source.text_is_left:
                 self._surplus.extend(self.source.read(self._cursor))
@@ -503,10 +506,12 @@ class ActivationBuffer:
             if len(rest[self.layers[0]]):
                 self._surplus.appendleft(rest)
             self._cursor -= n
+            is_new |= n > 0
         self.source.check_finite()
-        unread_U = self._order_C[self._cursor :]
-        order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
-        self._order_C[self._cursor :] = unread_U[order_U]
+        if is_new:
+            unread_U = self._order_C[self._cursor :]
+            order_U = torch.randperm(len(unread_U), generator=self.generator).to(self.device)
+            self._order_C[self._cursor :] = unread_U[order_U]
         self._filling = False
 
     def config(self, layer: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
+from dictionary_learning.tokenizer import TextMarks
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 
@@ -437,14 +438,12 @@ def write_reports(
             revision=revision or (run.get("revision") if name == run.get("model_name") else None),
             trust_remote_code=trust_remote_code,
         )
-        if dataset is not None:
-            text = {"dataset": dataset, "held_out": dataset == BUILT_IN or None}
-            text |= {"text_column": run["text_column"]} if "text_column" in run else {}
-        elif run:
-            text = evaluation_text(run)
-        else:
-            built_in = name in BUILT_IN_MODELS
-            text = {"dataset": BUILT_IN if built_in else EVAL_DATASET, "held_out": built_in or None}
+        built_in = name in BUILT_IN_MODELS
+        default = {"eval_dataset": BUILT_IN if built_in else EVAL_DATASET, "eval_is_held_out": built_in}
+        text = evaluation_text(run or default)
+        if dataset is not None:  # of which the run's split and chats tell nothing
+            text = {key: value for key, value in text.items() if key not in ("split", "subset", "mixed")}
+            text |= {"dataset": dataset, "held_out": dataset == BUILT_IN or None}
         given = {"split": split, "subset": subset, "text_column": text_column}
         text |= {key: value for key, value in given.items() if value is not None}
         lengths = [config.get("buffer", {}).get("ctx_len", 128) for _, _, config in saes]
@@ -457,7 +456,8 @@ def _write_pages(
 ) -> list[Path]:
     """text: what `open_batches` is told, beside the tokenizer and the size of its batches."""
     batch_size = max(1, TOKENS_AT_A_TIME // text["context_length"])
-    batches = open_batches(tokenizer=lm.tokenizer, batch_size=batch_size, prefetch=0, **text)
+    marks = TextMarks(lm.bos_id, lm.separator_id, lm.pad_id)
+    batches = open_batches(tokenizer=lm.tokenizer, batch_size=batch_size, marks=marks, prefetch=0, **text)
     n_batches = -(-num_tokens // (batch_size * text["context_length"]))
     with tqdm(islice(batches, n_batches), "reading", n_batches) as bar:
         subjects, contexts = gather(lm, saes, bar)

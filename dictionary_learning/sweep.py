@@ -248,6 +248,10 @@ def get_trainer_configs(
     """
     from . import trainers
 
+    for name in ("dictionary_widths", "learning_rates", "random_seeds", *(row.values for row in rows.values())):
+        values = getattr(sweep, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} has a value twice, which would train the same SAE twice: {values}.")
     schedule = get_schedule(sweep)
     submodule_name = f"resid_post_layer_{layer}"
     configs: list[dict[str, Any]] = []

@@ -26,6 +26,8 @@ class JumpReluConfig(SparsityWarmup, TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_sparsity_warmup(self.steps, self.decay_start)
+        self.check_range("target_l0", "bandwidth", positive=True)
+        self.check_range("sparsity_penalty")
 
 
 def _near(v: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

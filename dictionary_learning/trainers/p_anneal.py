@@ -30,6 +30,7 @@ class PAnnealConfig(StandardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_range("initial_sparsity_penalty")
         if self.sparsity_function not in ("Lp", "Lp^p"):
             raise ValueError(f"sparsity_function must be 'Lp' or 'Lp^p', not {self.sparsity_function!r}.")
         if not 0 <= self.anneal_start < (self.anneal_end or self.steps):

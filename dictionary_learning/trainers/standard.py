@@ -21,6 +21,7 @@ class StandardAprilConfig(SparsityWarmup, TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_sparsity_warmup(self.steps, self.decay_start)
+        self.check_range("l1_penalty")
 
 
 @dataclass(kw_only=True)

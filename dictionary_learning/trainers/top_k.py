@@ -29,6 +29,7 @@ class TopKConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_range("auxk_alpha")
         if not 0 < self.k <= self.dict_size:
             raise ValueError(f"k must lie between 1 and dict_size {self.dict_size}, got {self.k}.")
         if self.k_anneal_steps is not None:

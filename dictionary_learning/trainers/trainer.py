@@ -8,6 +8,7 @@ B tokens in the batch, D activation_dim, F dict_size.
 
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,6 +42,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.lr is None:  # Gao et al. 2024, appendix A.3
             self.lr = 2e-4 / (self.dict_size / 2**14) ** 0.5
+        self.check_range("lr", "dict_size", "activation_dim", "steps", positive=True)
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps must be at least 0 and below steps, got {self.warmup_steps} of {self.steps}."
@@ -50,6 +52,14 @@ class TrainerConfig:
                 "decay_start must lie between warmup_steps and steps, "
                 f"got warmup_steps {self.warmup_steps}, decay_start {self.decay_start}, steps {self.steps}."
             )
+
+    def check_range(self, *names: str, positive: bool = False) -> None:
+        """ValueError for settings of these names that are negative or no finite number; `positive`: or 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (positive and value == 0):
+                kind = "a positive number" if positive else "a number, not a negative one"
+                raise ValueError(f"{name} must be {kind}, got {value}.")
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "plotting": "files",
     "model_card": "files plotting",
     "hub": "files model_card",
-    "report": "buffer data dictionary evaluation files formats model plotting",
+    "report": "buffer data dictionary evaluation files formats model plotting tokenizer",
     "plan": "data model sweep world",
     "run": "buffer evaluation files formats hub kernels model plan plotting report state sweep tracking training world",
 }

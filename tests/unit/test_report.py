@@ -286,10 +286,10 @@ def test_every_run_below_a_folder_tells_its_own_text(tiny_model_folder, splits, 
 
 def test_the_text_of_an_evaluation_is_what_its_settings_say():
     settings = {"dataset": "team/texts", "eval_dataset": "team/texts", "eval_is_held_out": True, "split": "train"}
-    settings |= {"subset": "en", "text_column": "body", "context_length": 32, "random_seeds": [7, 8]}
+    settings |= {"subset": "en", "text_column": "body", "context_length": 32, "random_seeds": [7, 8], "dtype": "x"}
     settings |= {"mixed_dataset": True, "chat_dataset": "team/chats", "chat_fraction": 0.2, "pack_chats": True}
     expected = {"dataset": "team/texts", "held_out": True, "seed": 7, "split": "train", "subset": "en"}
-    expected |= {"text_column": "body", "context_length": 32}
+    expected |= {"text_column": "body", "context_length": 32, "chat_held_out": True, "shuffle": True}
     expected |= {"mixed": True, "chat_dataset": "team/chats", "chat_fraction": 0.2, "chat_pack": True}
     assert evaluation_text(settings) == expected
     other = evaluation_text(settings | {"eval_dataset": "team/other", "eval_is_held_out": False})

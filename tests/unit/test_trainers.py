@@ -1,6 +1,8 @@
 """Laws of the trainers: what a step may change, and what may not change a step."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from demo_config import ARCHITECTURES, DEFAULTS
+from dictionary_learning import trainers
 from dictionary_learning.dictionary import TopKDictionary
 from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer, top_k
@@ -374,3 +377,41 @@ def test_settings_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         TopKTrainer(**{"steps": 50, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "k": 4,
                        "warmup_steps": 5, "device": "cpu", **settings})  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 0.0])
+@pytest.mark.parametrize(
+    "trainer, name, may_be_0",
+    [
+        ("JumpReluTrainer", "target_l0", False),
+        ("JumpReluTrainer", "bandwidth", False),
+        ("JumpReluTrainer", "sparsity_penalty", True),
+        ("StandardTrainer", "l1_penalty", True),
+        ("StandardTrainerAprilUpdate", "l1_penalty", True),
+        ("GatedSAETrainer", "l1_penalty", True),
+        ("PAnnealTrainer", "initial_sparsity_penalty", True),
+        ("TopKTrainer", "auxk_alpha", True),
+        ("BatchTopKTrainer", "lr", False),
+    ],
+)
+def test_no_penalty_target_or_rate_is_negative_or_no_number(trainer, name, may_be_0, value):
+    own = {"k": 4} if "TopK" in trainer else {}
+    own |= {"anneal_start": 10} if trainer == "PAnnealTrainer" else {}
+    own |= {"sparsity_warmup_steps": 5} if not {"TopKTrainer", "BatchTopKTrainer"} & {trainer} else {}
+    settings = {"steps": 50, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "warmup_steps": 5, **own}
+    config = getattr(trainers, trainer).Config
+    if value == 0 and may_be_0:
+        assert getattr(config(**settings, **{name: value}), name) == 0
+    else:
+        with pytest.raises(ValueError, match=f"{name} must be a .*number.*, got {value}"):
+            config(**settings, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["dictionary_widths", "learning_rates", "random_seeds", "target_l0s", "gated_penalties"]
+)
+def test_a_grid_that_has_a_value_twice_is_refused(name):
+    values = getattr(SWEEP, name)
+    sweep = dataclasses.replace(SWEEP, **{name: [*values, values[0] + 1, float(values[0])]})
+    with pytest.raises(ValueError, match=f"--{name} has a value twice"):
+        get_trainer_configs(sweep, ARCHITECTURES, "m", 0, D, "cpu")
