@@ -150,7 +150,7 @@ VERDICTS = {  # of the families that other ways of reading get wrong: a word of 
     "falcon_mamba": None,  # fp32 blocks in a bf16 model
     "gemma3_text bidirectional": "no causal language model",
     "gemma4_text keys shared": None,  # upper blocks read keys and values of lower ones
-    "glm_moe_dsa": None,  # upper blocks read the indices of lower ones
+    "glm_moe_dsa indices shared": None,  # upper blocks read the indices of lower ones
     "inkling2_text": None,  # upper blocks read the inputs of lower ones
     "longcat_flash": None,  # half as many blocks as its config says
     "mbart is_decoder": None,  # as many blocks as its config says of the decoder
@@ -433,7 +433,18 @@ def test_a_folder_without_weights_or_tokenizer(tiny_model_folder, tmp_path):
     [
         ("roberta", SIZES | dict(is_decoder=True, pad_token_id=1), 30),  # positions begin after padding's, 0 to 1
         ("mpt", dict(d_model=D, n_heads=2, n_layers=2, vocab_size=V, max_seq_len=40), 40),
-        ("whisper", dict(d_model=D, decoder_layers=2, vocab_size=V, max_target_positions=24, pad_token_id=1), 24),
+        (
+            "whisper",
+            dict(
+                d_model=D,
+                decoder_layers=2,
+                vocab_size=V,
+                decoder_attention_heads=2,
+                max_target_positions=24,
+                pad_token_id=1,
+            ),
+            24,
+        ),
         ("bloom", FAMILIES["bloom"], None),
         ("gpt_neox", SIZES | dict(max_position_embeddings=-1), None),
     ],
