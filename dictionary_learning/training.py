@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .files import append_jsonl, rewind_jsonl, write_json
 from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
-from .trainers import LossOutput, SAETrainer
+from .trainers import LossOutput, SAETrainer, TopKTrainer
 from .trainers.trainer import SparseTrainer
 from .world import World
 
@@ -128,8 +128,8 @@ def step_microseconds(
 def workers_pool(n: int) -> ThreadPoolExecutor:
     """Threads in each of which torch's operations take one thread.
 
-    torch keeps a number for the process, which a thread takes at its first operation, and one for each thread; setting
-    the one sets the other too.  So a thread first takes the process's, then sets its own, and the process's is set back.
+    torch keeps a number for the process, which a thread takes at its first operation, and one for each thread; to set
+    the one sets the other too.  So a thread first takes the process's, then sets its own, and that is set back.
     """
     all_threads, ready = torch.get_num_threads(), threading.Barrier(n + 1)
 
@@ -210,6 +210,8 @@ def metrics(step: int, tokens: int, run: SAERun, x_BD: Tensor, out: LossOutput) 
     }
     if isinstance(run.trainer, SparseTrainer):
         values["sparse"] = out.f.code is not None
+    if isinstance(run.trainer, TopKTrainer):
+        values["screened"] = run.trainer.screened
     threshold = getattr(run.trainer.ae, "threshold", None)
     if threshold is not None:
         shard = run.trainer.shard

@@ -120,11 +120,10 @@ def _bag(index_N: Tensor, table: Tensor, offsets: Tensor, weights_N: Tensor) -> 
     return torch.nn.functional.embedding_bag(index_N, table, offsets, mode="sum", per_sample_weights=weights_N)
 
 
-def _dots(grad_RD: Tensor, row_N: Tensor, offsets_R: Tensor, table_FD: Tensor, latent_N: Tensor) -> Tensor:
-    """<grad_RD[row], table_FD[latent]> of every pair, without an (N, D) tensor."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_RD, table_FD, latent_N, offsets_R, row_N, 0, -1
-    )
+def dots(left_RD: Tensor, row_N: Tensor, right_FD: Tensor, latent_N: Tensor) -> Tensor:
+    """<left_RD[row], right_FD[latent]> of every pair, without an (N, D) tensor."""
+    unused = row_N[:0]  # where bags begin, which `row_N` says too
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left_RD, right_FD, latent_N, unused, row_N, 0, -1)
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -146,7 +145,7 @@ class _SparseDecode(torch.autograd.Function):
             return grads[0], grads[1].to(ctx.weight_dtype), None, None, None
         grad_values_N = grad_decoder_FD = None
         if ctx.needs_input_grad[0]:
-            grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
+            grad_values_N = dots(grad_RD, row_N, table_FD, ctx.code.latent_N)
         if ctx.needs_input_grad[1]:
             order_N, offsets_F = ctx.code.by_latent
             sorted_row_N, sorted_values_N = row_N.index_select(0, order_N), values_N.index_select(0, order_N)

@@ -27,9 +27,10 @@ class BatchTopKTrainer(TopKTrainer):
         self.guess: Tensor | None = None
 
     def select(self, x_BD: Tensor) -> Features:
-        ae = self.ae
-        n = self.k * len(x_BD)
-        return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard)
+        ae, n = self.ae, self.k * len(x_BD)
+        return encode_batch_topk(
+            x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard, self.screened
+        )
 
     def fired(self, f: Features) -> Tensor:
         return f.fired()

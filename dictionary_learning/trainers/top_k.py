@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
-from ..kernels import Features, encode_topk
+from ..kernels import Features, encode_topk, screen
 from .standard import squared_error
 from .trainer import LossOutput, SAETrainer, Terms, TrainerConfig, UnitNorm
 
@@ -84,6 +84,8 @@ class TopKTrainer(SAETrainer):
         super().__init__(**settings)
         self.k = self.cfg.k  # beside the buffer, so that no step reads it from the device
         self.top_k_aux = self.cfg.activation_dim // 2  # appendix B.1
+        # whether products in bf16 precede those in fp32; part of the state, since values differ in the last bits
+        self.screened = False
         # n_tokens, and what `_count_silent` says of them
         self._silent: tuple[int, Callable[[], list[int]]] | None = None
 
@@ -93,13 +95,15 @@ class TopKTrainer(SAETrainer):
 
     def initialize(self, x_BD: Tensor) -> None:
         self.ae.b_dec.data = geometric_median(x_BD.float()).to(self.ae.b_dec.dtype)
+        if self.device.type == "cpu" and x_BD.dtype == torch.float32:
+            self.screened = screen.pays(*x_BD.shape, len(self.ae.encoder_FD), self.k)
 
     # -- what distinguishes the family's members
 
     def select(self, x_BD: Tensor) -> Features:
         """The features that take part in the reconstruction."""
         ae = self.ae
-        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard)
+        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard, self.screened)
 
     def fired(self, f: Features) -> Tensor:
         """Bool (F,): the latents that count as active, here every selected one, even at zero."""
@@ -204,8 +208,8 @@ class TopKTrainer(SAETrainer):
         return {**super().config, "k": self.k, "target_k": self.cfg.k, "top_k_aux": self.top_k_aux}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "k": self.k}
+        return {**super().get_extra_state(), "k": self.k, "screened": self.screened}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        self.k, self._silent = state["k"], None
+        self.k, self.screened, self._silent = state["k"], state.get("screened", False), None

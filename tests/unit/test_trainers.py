@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from demo_config import ARCHITECTURES, DEFAULTS
 from dictionary_learning import trainers
 from dictionary_learning.dictionary import TopKDictionary
+from dictionary_learning.kernels import screen
 from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer, top_k
 from dictionary_learning.trainers import trainer as trainer_module
@@ -415,3 +416,19 @@ def test_a_grid_that_has_a_value_twice_is_refused(name):
     sweep = dataclasses.replace(SWEEP, **{name: [*values, values[0] + 1, float(values[0])]})
     with pytest.raises(ValueError, match=f"--{name} has a value twice"):
         get_trainer_configs(sweep, ARCHITECTURES, "m", 0, D, "cpu")
+
+
+@pytest.mark.parametrize("name", TOPK_FAMILY)
+def test_a_screened_step_is_that_of_fp32(name, monkeypatch):
+    """It learns the same, its metrics' form is part of the state, and bf16 is screened with where it pays alone."""
+    trained = {}
+    for screened in (False, True):
+        monkeypatch.setattr(screen, "pays", lambda *shape, screened=screened: screened)
+        trained[screened] = make(name)
+        train(trained[screened], batches(STEPS))
+        assert trained[screened].screened == screened
+        resumed = make(name)
+        resumed.load_state_dict(trained[screened].state_dict())
+        assert resumed.screened == screened
+    for one, two in zip(*(trainer.ae.parameters() for trainer in trained.values()), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
