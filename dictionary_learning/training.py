@@ -189,11 +189,13 @@ def choose_workers(
 
 @torch.no_grad()
 def estimate_norm_factor(batches: Iterable[Tensor]) -> float:
-    """sqrt(mean ||x||^2) over the rows of all batches, in float32 with float64 sums."""
+    """sqrt(mean ||x||^2) over the rows of all batches, in float32 with float64 sums.  ValueError where it is 0."""
     total, count = 0.0, 0
     for x_BD in batches:
         total += float(x_BD.float().square().sum(dim=-1).double().sum())
         count += len(x_BD)
+    if total == 0:
+        raise ValueError("all activations are zero, so there is nothing to train on: check the layer and the text.")
     return math.sqrt(total / count)
 
 

@@ -37,8 +37,8 @@ class BatchTopKTrainer(TopKTrainer):
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the smallest positive activation of the batch; +inf where there is none."""
-        return out.f.smallest_of_token().amin()
+        return out.f.smallest()
 
     def note_smallest(self, step: int, least: Tensor) -> None:
         super().note_smallest(step, least)
-        self.guess = torch.where(least.isfinite(), 0.95 * least, 0)
+        self.guess = torch.where(least < torch.inf, 0.95 * least, 0)

@@ -94,9 +94,11 @@ class TopKTrainer(SAETrainer):
         return dict_class(self.cfg.activation_dim, self.cfg.dict_size, k=self.cfg.k, generator=self.generator)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, x_BD: Tensor) -> None:
-        self.ae.b_dec.data = geometric_median(x_BD.float()).to(self.ae.b_dec.dtype)
+        median_D = geometric_median(x_BD.float())
+        # a batch that is not finite will stop the SAE, whose weights should not say so
+        self.ae.b_dec.data = torch.where(median_D.isfinite().all(), median_D, 0).to(self.ae.b_dec.dtype)
         if self.device.type == "cpu" and x_BD.dtype == torch.float32:
-            self.screened = screen.pays(*x_BD.shape, len(self.ae.encoder_FD), self.k)
+            self.screened = screen.pays(len(x_BD), self.cfg.activation_dim, len(self.ae.encoder_FD), self.k)
 
     # -- what distinguishes the family's members
 
@@ -114,7 +116,7 @@ class TopKTrainer(SAETrainer):
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the mean over tokens of the smallest positive activation; +inf where no token has one."""
         least_B = out.f.smallest_of_token()
-        active_B = least_B.isfinite()
+        active_B = least_B < torch.inf
         mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
         return torch.where(active_B.any(), mean, torch.inf)
 
@@ -165,7 +167,7 @@ class TopKTrainer(SAETrainer):
         x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD.index_select(0, latent_A).T))
         residual_BD = (x_BD - x_hat_BD).detach()
         error = squared_error(residual_BD.float(), x_aux_BD.float())
-        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float())
+        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float().expand_as(residual_BD))
         loss, some = (error / variance).nan_to_num(0.0), n_dead > 0
         return torch.where(some, loss, 0), torch.where(some, error.detach(), -1), n_dead
 
@@ -199,7 +201,7 @@ class TopKTrainer(SAETrainer):
         threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
         if step > self.cfg.threshold_start_step or last:
             moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
-            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # nothing active says nothing
+            threshold.copy_(torch.where(least < torch.inf, moved, threshold))  # nothing active says nothing
         if last:  # however short or empty the run, what is saved has a threshold
             threshold.clamp_(min=0)
 

@@ -126,14 +126,14 @@ def test_each_worker_has_one_thread_and_the_others_keep_theirs():
 @pytest.mark.parametrize("slow, workers", [("side by side", 1), ("one after another", 2)])
 def test_the_faster_way_is_chosen_and_nothing_of_the_run_is_touched(slow, workers, monkeypatch):
     threads, generator = torch.get_num_threads(), torch.get_rng_state()
-    update = BatchTopKTrainer.update
+    update, seconds = BatchTopKTrainer.update, [0]
 
     def slowly(self, step, x_BD):
-        if (torch.get_num_threads() == 1) == (slow == "side by side"):
-            time.sleep(0.02)
+        seconds[0] += 1 + ((torch.get_num_threads() == 1) == (slow == "side by side"))
         return update(self, step, x_BD)
 
     monkeypatch.setattr(BatchTopKTrainer, "update", slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
     try:
         torch.set_num_threads(2)
         assert choose_workers(CONFIGS[:1] * 3, B, torch.float32, "cpu") == workers
@@ -145,3 +145,9 @@ def test_the_faster_way_is_chosen_and_nothing_of_the_run_is_touched(slow, worker
         assert choose_workers(CONFIGS, B, torch.float32, "cpu") == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_activations_that_are_all_zero_are_refused(config):
+    with pytest.raises(ValueError, match="all activations are zero"):
+        trainSAE(iter([torch.zeros(B, D)] * STEPS), [config], STEPS, verbose=False)
