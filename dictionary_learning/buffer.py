@@ -19,9 +19,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .data import MARK
 from .world import World
 
-MARK = 2  # in a mask of positions
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
 
 

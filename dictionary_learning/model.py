@@ -268,7 +268,7 @@ def _is(value: Any, x_BLD: Tensor) -> bool:
 class LanguageModel:
     """A causal LM whose layers can be read and overwritten. Nothing here builds a graph for autograd.
 
-    tokens_BL are token ids, mask_BL is true where there is text; both may be on any device. Results are on the model's.
+    tokens_BL are token ids, mask_BL is 0 where there is no text; both may be on any device. Results are on the model's.
 
     Raises ValueError for a model whose blocks do not each return one residual stream (B, L, D) and hand it on to the
     next, or in which a later token changes what comes before it.
@@ -310,8 +310,8 @@ class LanguageModel:
         if highest >= self._n_embeddings:
             what = f"the text has the token id {highest}, but {self.name} embeds only {self._n_embeddings}"
             raise ValueError(f"{what}: take the tokenizer (and chat template) that the model was trained with")
-        tokens_BL, mask_BL = tokens_BL.to(self.device), mask_BL.to(self.device, torch.long)
-        return {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+        mask_BL = mask_BL.to(self.device, torch.bool).long()
+        return {"input_ids": tokens_BL.to(self.device), "attention_mask": mask_BL, "use_cache": False}
 
     def _ordinary_tokens(self, n_texts: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
         """(tokens_BL, mask_BL) of texts without special tokens."""

@@ -26,7 +26,7 @@ from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memo
 from .reading import Reading
 from .results import RESULTS, Named, evaluate, find_named
 from .state import SavedState, load_state, save_state
-from .sweep import ENDED_EARLY, INTERRUPTED, Architecture, Options, Sweep
+from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
 from .training import Interrupted, Loop, TextEndedError, make_runs, step_microseconds
 from .world import World, job, restarted, spread
@@ -394,7 +394,10 @@ def evaluate_only(
     device = str(world.place(resolve_device(options.device)))
 
     def reading(recorded: Mapping[str, Any]) -> Reading:
-        return Reading(*resolve(recorded), device, world)
+        # of what a file says nothing else is taken: that of somebody else's could ask for their code to be run
+        return Reading(
+            *resolve({name: recorded[name] for name in EVALUATION_SETTINGS if name in recorded}), device, world
+        )
 
     names = options.eval_only or [str(run_folder(options))]
     saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
