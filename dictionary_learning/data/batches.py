@@ -141,7 +141,8 @@ def open_batches(
 
     `open_documents`, `ChatContexts` and `MixedContexts` explain the settings. `marks` are the tokens that packing puts
     in, None: those of the tokenizer; without `prepend_bos` no context begins with bos. `seed` draws the chats that keep
-    their system prompt and, with `shuffle`, the order. `prefetch` is the number of batches that a thread makes ahead; 0: no thread.
+    their system prompt and, with `shuffle`, the order. `prefetch` is the number of batches that a thread makes ahead;
+    0: no thread.
     """
     if mixed:
         default_system_prompt(tokenizer)  # no chat template: say so before anything is opened
