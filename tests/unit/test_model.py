@@ -1,5 +1,6 @@
 """B texts, L positions, V vocabulary, D activation_dim: every law holds for every family of models."""
 
+import copy
 import json
 import logging
 import shutil
@@ -276,6 +277,20 @@ def test_dtype_and_bos_and_pad(tiny_model_folder, tokenizer):
         LanguageModel(Model(), SimpleNamespace(**names | {"eos_token_id": None}), "a model")
 
 
+@pytest.mark.parametrize("last_layer", [None, 0])
+def test_the_generation_config_says_what_separates_documents(last_layer, tiny_model_folder, tokenizer, tmp_path):
+    shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens(
+        {"eos_token": chat.convert_ids_to_tokens(5), "extra_special_tokens": [chat.convert_ids_to_tokens(7)]}
+    )
+    chat.bos_token, chat.chat_template = None, "{{ messages }}" + chat.eos_token + "<|endoftext|>"
+    chat.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    lm = load_model(str(tmp_path), last_layer=last_layer)
+    assert (lm.tokenizer.eos_token_id, lm.bos_id, lm.separator_id, lm.pad_id) == (5, 7, 7, 7)
+
+
 def test_the_built_in_model():
     shape = model_shape("tiny-python")
     lm = load_model("tiny-python", last_layer=0)
@@ -299,7 +314,7 @@ def test_a_layer_that_is_not_there(tiny_model_folder):
 
 def test_the_list_of_blocks_says_how_many_there_are(tokenizer):
     assert LanguageModel(Model(n_blocks=2), tokenizer, "a model").n_layers == 2  # its config says 3
-    with pytest.raises(ValueError, match="no list of layers in 'a model'"):
+    with pytest.raises(ValueError, match="cannot load 'a model': its decoder has no list of layers"):
         LanguageModel(Model(n_blocks=0), tokenizer, "a model")
 
 

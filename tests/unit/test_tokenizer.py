@@ -1,6 +1,8 @@
 """Token ids are those of the model's tokenizer.json, and the tokens that mark texts are those of pre-training."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -224,9 +226,6 @@ def test_an_ordinary_token_of_the_generation_config_separates_nothing(tmp_path):
 def test_a_token_beyond_the_embedding_is_one_sentence_before_weights_are_read(
     kind, tokenizer, tiny_model_folder, tmp_path
 ):
-    import copy
-    import shutil
-
     shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
     grown = copy.deepcopy(tokenizer)
     if kind == "pad":
