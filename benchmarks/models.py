@@ -116,7 +116,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
     **dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa"], MLA),
     "glm_moe_dsa indices shared": {"indexer_types": ["full", "full", "shared", "shared"]},
-    "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2, "unpadded_vocab_size": V},
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
     "cohere_compass_text": {
         "rope_parameters": {

@@ -36,7 +36,7 @@ class Pretrained:
 
     def file(self, filename: str) -> Path | None:
         """The file on this machine, downloaded if need be; None where the model has none of that name."""
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(
             self.source,
