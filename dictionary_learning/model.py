@@ -21,7 +21,10 @@ from .tokenizer import generation_eos_ids as generation_eos_ids
 from .tokenizer import load_tokenizer as load_tokenizer
 
 # what configs call the number of positions that a model has
-CONTEXT_LIMITS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len")
+CONTEXT_LIMITS = (
+    *("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "max_seq_length"),
+    *("max_sequence_length", "seq_length", "context_length"),
+)
 
 
 def resolve_device(name: str | None = None) -> torch.device:

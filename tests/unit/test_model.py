@@ -460,6 +460,7 @@ def test_a_folder_without_weights_or_tokenizer(tiny_model_folder, tmp_path):
             ),
             24,
         ),
+        ("rwkv", dict(hidden_size=D, num_hidden_layers=2, vocab_size=V, context_length=20), 20),
         ("bloom", FAMILIES["bloom"], None),
         ("gpt_neox", SIZES | dict(max_position_embeddings=-1), None),
     ],
