@@ -68,9 +68,16 @@ class Pretrained:
 
 @contextmanager
 def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
-    """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do."""
+    """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do.
+
+    A want of memory is no fault of the model, and goes on as it is.
+    """
+    from torch import OutOfMemoryError
+
     try:
         yield
+    except (MemoryError, OutOfMemoryError):
+        raise
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(f"cannot load {name!r}: {_why(error, name, offline).rstrip('.')}") from error
 

@@ -521,6 +521,15 @@ def test_what_the_hub_refuses_is_said_inone_sentence(cause, message):
         raise OSError("a long story\nof many lines") from error_class.__new__(error_class)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_want_of_memory_is_not_blamed_on_the_model(error, tokenizer):
+    def forward(own, x_BLD):
+        raise error
+
+    with pytest.raises(error):
+        LanguageModel(replaced(1, forward), tokenizer, "a model")
+
+
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
