@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ class Pretrained:
         self.name, self.source = name, str(BUILT_IN.get(name, name))
         self.is_folder = Path(self.source).is_dir()
         offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
+        if offline:
+            _say_offline(name)
         self.options: dict[str, Any] = {
             # resolved once, so that all files are of one commit
             "revision": resolve_revision(self.source, revision, local_files_only=offline),
@@ -80,6 +84,15 @@ def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
         raise
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(f"cannot load {name!r}: {_why(error, name, offline).rstrip('.')}") from error
+
+
+@cache
+def _say_offline(name: str) -> None:
+    """Once for each model, as files of the cache may be older than those of the Hub."""
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode():
+        sys.stderr.write(f"the Hub cannot be reached: {name} is looked for in the local cache\n")
 
 
 def _is_repo_id(name: str) -> bool:

@@ -12,6 +12,7 @@ from hub_server import Repo
 from safetensors.torch import load_file, save_file
 
 from dictionary_learning.model import BUILT_IN, load_model, load_tokenizer, model_identity, model_shape
+from dictionary_learning.pretrained import _say_offline
 
 NAME = "alice/tiny"
 
@@ -44,7 +45,8 @@ def out_of_reach(server, monkeypatch, how: str) -> None:
 
 @pytest.mark.parametrize("revision", [None, "main"])
 @pytest.mark.parametrize("how", ["fails", "is gone"])
-def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, monkeypatch):
+def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, monkeypatch, capsys):
+    _say_offline.cache_clear()
     first = load_model(NAME, revision=revision)
     identity = model_identity(NAME, revision)
     assert identity == {"id": NAME, "commit": model_on_the_hub.repos[NAME].head}
@@ -59,6 +61,7 @@ def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_
     assert load_tokenizer(NAME, revision)("In 2023").input_ids == first.tokenizer("In 2023").input_ids
     assert model_shape(NAME, revision=revision).n_layers == 4
     assert model_identity(NAME, revision) == identity
+    assert capsys.readouterr().err.count("the Hub cannot be reached: alice/tiny is looked for in the local cache") == 1
 
 
 @pytest.mark.parametrize("how", ["fails", "is gone"])
