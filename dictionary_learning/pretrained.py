@@ -56,6 +56,20 @@ class Pretrained:
     def one_sentence(self) -> AbstractContextManager[None]:
         return one_sentence(self.name, self.options["local_files_only"])
 
+    def _filenames(self) -> list[str]:
+        """All that there are; none where they cannot be listed, for a reason that loading the model will tell."""
+        if self.is_folder:
+            return [path.name for path in Path(self.source).iterdir()]
+        if self.options["local_files_only"]:
+            return []
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return HfApi().list_repo_files(self.source, revision=self.options["revision"])
+        except (HfHubHTTPError, HFValidationError):
+            return []
+
     def check_kind(self) -> None:
         """Raises ValueError for what is no model of transformers though it is shared like one: adapters and GGUF."""
         is_gguf = self.source.lower().endswith(".gguf")
@@ -65,7 +79,7 @@ class Pretrained:
             what = "a PEFT adapter (LoRA) lies beside the model" if config else "it is a PEFT adapter (LoRA), no model"
             advice = "merge it into its base model (merge_and_unload of peft), save that and name its folder"
             raise ValueError(f"cannot load {self.name!r}: {what}; {advice}")
-        if config is None and (is_gguf or (self.is_folder and any(Path(self.source).glob("*.gguf")))):
+        if config is None and (is_gguf or any(name.endswith(".gguf") for name in self._filenames())):
             advice = "name the model that it was converted from, a folder with config.json and safetensors"
             raise ValueError(f"cannot load {self.name!r}: GGUF files cannot be read; {advice}")
 

@@ -140,6 +140,15 @@ def test_weights_of_other_sizes_than_the_config_says(model_folder):
         load_model(str(model_folder), last_layer=2)
 
 
+def test_a_gguf_repo_on_the_hub(server):
+    server.repos[NAME] = Repo(private=False, files={"model.Q4_K_M.gguf": b"GGUF"}, commits=["the model"])
+    for function in [load_model, model_shape]:
+        with pytest.raises(ValueError, match=f"cannot load '{NAME}': GGUF files cannot be read"):
+            function(NAME)
+        with pytest.raises(ValueError, match="cannot load 'alice/nothing': it is neither a folder here nor a model on"):
+            function("alice/nothing")
+
+
 REMOTE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
