@@ -395,9 +395,8 @@ def evaluate_only(
 
     def reading(recorded: Mapping[str, Any]) -> Reading:
         # of what a file says nothing else is taken: that of somebody else's could ask for their code to be run
-        return Reading(
-            *resolve({name: recorded[name] for name in EVALUATION_SETTINGS if name in recorded}), device, world
-        )
+        names = (*EVALUATION_SETTINGS, "llm_batch_size", "eval_batch_size", "attn_implementation")
+        return Reading(*resolve({name: recorded[name] for name in names if name in recorded}), device, world)
 
     names = options.eval_only or [str(run_folder(options))]
     saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
