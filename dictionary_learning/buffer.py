@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data import MARK, PADDING
 from .world import World
 
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
@@ -28,24 +29,24 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def position_mask(
-    tokens_BL: Tensor,
     mask_BL: Tensor,
     x_by_layer: dict[int, Tensor],
-    bos_id: int,
     norm_bound: dict[int, float] | None = None,
     drop_bos: bool = True,
 ) -> tuple[Tensor, dict[str, int]]:
     """The positions that SAEs are trained and scored on, the same in the norm estimate, training and metrics.
 
-    Dropped are padding, the bos token wherever it stands (where bos is eos, the joints of packed documents too), and
-    the positions whose norm in any layer is above that layer's bound or is no number.
+    Dropped are padding, the marks that packing put in (bos, and what joins documents: the same token in a text is
+    text), and the positions whose norm in any layer is above that layer's bound or is no number.
+    mask_BL: as `data.TextBatches` makes it: PADDING, TEXT or MARK.
     norm_bound: {layer: largest norm}, None to keep all norms. x_by_layer: {layer: x_BLD}.
     Returns keep_BL on the activations' device, and the counts of "tokens" (positions that are not padding),
     "padding", "bos" and "outliers"; what is kept is tokens - bos - outliers.
     """
     device = next(iter(x_by_layer.values())).device
-    text_BL = mask_BL.to(device, torch.bool)
-    inner_BL = text_BL & (tokens_BL.to(device) != bos_id) if drop_bos else text_BL
+    mask_BL = mask_BL.to(device)
+    text_BL = mask_BL != PADDING
+    inner_BL = text_BL & (mask_BL != MARK) if drop_bos else text_BL
     keep_BL = inner_BL
     if norm_bound is not None:
         for layer, x_BLD in x_by_layer.items():
@@ -239,10 +240,8 @@ class ActivationSource:
         x_by_layer = self._activations(tokens_BL, mask_BL)
         medians = {}
         if self.mask and not self.median_norms:
-            medians = self.median_norms = self._medians(tokens_BL, mask_BL, x_by_layer)
-        keep_BL, counts = position_mask(
-            tokens_BL, mask_BL, x_by_layer, self.lm.bos_id, self.norm_bound(), drop_bos=self.mask
-        )
+            medians = self.median_norms = self._medians(mask_BL, x_by_layer)
+        keep_BL, counts = position_mask(mask_BL, x_by_layer, self.norm_bound(), drop_bos=self.mask)
         kept_N = keep_BL.flatten().nonzero().squeeze(1)
         rows = {layer: x_BLD.flatten(0, 1).index_select(0, kept_N) for layer, x_BLD in x_by_layer.items()}
         rows = {layer: x_ND.to(self.device, self.lm.dtype) for layer, x_ND in rows.items()}
@@ -251,9 +250,9 @@ class ActivationSource:
         said |= {"halvings": self.llm_batch_halvings, **counts}
         return rows, [*(said[name] for name in self._REPORT), *(medians.get(layer, 0.0) for layer in self.layers)]
 
-    def _medians(self, tokens_BL: Tensor, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
+    def _medians(self, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
         """{layer: median norm} over the positions that are neither bos nor padding; empty where there are none."""
-        keep_BL, _ = position_mask(tokens_BL, mask_BL, x_by_layer, self.lm.bos_id)
+        keep_BL, _ = position_mask(mask_BL, x_by_layer)
         if not keep_BL.any():
             return {}
         medians = {layer: _norms(x_BLD)[keep_BL].nanmedian().item() for layer, x_BLD in x_by_layer.items()}

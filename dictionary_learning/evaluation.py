@@ -396,11 +396,10 @@ def _survey(lm: LanguageModel, texts: list[Text], layers: list[int], mask: bool,
     keep: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     positions: dict[int, Counter[str]] = {layer: Counter() for layer in layers}
     sum_D = {layer: torch.zeros(lm.activation_dim, dtype=torch.float64) for layer in layers}
-    bos_id = -1 if lm.bos_id is None else lm.bos_id  # no token has the id -1
     for text in texts:
         for layer, x_BLD in lm.activations(*text, layers).items():
             bound = {layer: bounds[layer]} if mask and layer in bounds else None
-            keep_BL, counts = position_mask(*text, {layer: x_BLD}, bos_id, bound, mask)
+            keep_BL, counts = position_mask(text[1], {layer: x_BLD}, bound, mask)
             keep[layer].append(keep_BL)
             positions[layer].update(counts)
             sum_D[layer] += x_BLD[keep_BL].cpu().double().sum(0)
@@ -443,7 +442,7 @@ def evaluate_saes(
     layers = sorted({subject.layer for subject in subjects.values() if subject.error is None})
     survey = _survey(lm, texts, layers, mask, bounds)
 
-    n_tokens = sum(int(mask_BL.sum()) for _, mask_BL in texts)
+    n_tokens = sum(int(mask_BL.count_nonzero()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
     for i, text in enumerate(texts):
         logits_BLV, x_by_layer = lm.run(*text, layers)

@@ -226,7 +226,7 @@ def _with_stream(output: Any, x_BLD: Tensor) -> Any:
 class LanguageModel:
     """A causal LM whose layers can be read and overwritten. Nothing here builds a graph for autograd.
 
-    tokens_BL are token ids, mask_BL is true where there is text; both may be on any device. Results are on the model's.
+    tokens_BL are token ids, mask_BL is 0 where there is no text; both may be on any device. Results are on the model's.
     """
 
     def __init__(
@@ -257,8 +257,8 @@ class LanguageModel:
         return self.model.dtype
 
     def _inputs(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[str, Any]:
-        tokens_BL, mask_BL = tokens_BL.to(self.device), mask_BL.to(self.device, torch.long)
-        return {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+        mask_BL = mask_BL.to(self.device, torch.bool).long()
+        return {"input_ids": tokens_BL.to(self.device), "attention_mask": mask_BL, "use_cache": False}
 
     @contextmanager
     def _captured(self, layers: Iterable[int], stop: bool = False) -> Iterator[dict[int, Tensor]]:

@@ -324,12 +324,10 @@ class Subject(NamedTuple):
     def layer(self) -> int:
         return int(self.config["trainer"]["layer"])
 
-    def update(self, lm: LanguageModel, tokens_BL: Tensor, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
+    def update(self, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
         buffer = self.config.get("buffer", {})
         bound = {self.layer: buffer["median_norm"] * buffer["max_norm_multiple"]} if buffer.get("median_norm") else None
-        keep_BL, _ = position_mask(
-            tokens_BL, mask_BL, {self.layer: x_BLD}, lm.bos_id, bound, drop_bos=buffer.get("mask", True)
-        )
+        keep_BL, _ = position_mask(mask_BL, {self.layer: x_BLD}, bound, drop_bos=buffer.get("mask", True))
         at_a_time = max(1, ENTRIES_AT_A_TIME // (x_BLD.shape[1] * self.ae.dict_size))
         for x_bLD, keep_bL in zip(x_BLD.split(at_a_time), keep_BL.split(at_a_time), strict=True):
             f_bLF = x_bLD.new_zeros(*x_bLD.shape[:2], self.ae.dict_size, dtype=torch.float32)
@@ -378,7 +376,7 @@ def gather(
     for tokens_BL, mask_BL in batches:
         x_by_layer = lm.activations(tokens_BL, mask_BL, {subject.layer for subject in subjects})
         for subject in subjects:
-            subject.update(lm, tokens_BL, mask_BL, x_by_layer[subject.layer], len(contexts))
+            subject.update(mask_BL, x_by_layer[subject.layer], len(contexts))
         contexts += [row[mask].tolist() for row, mask in zip(tokens_BL, mask_BL.bool(), strict=True)]
     return subjects, contexts
 

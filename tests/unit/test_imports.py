@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "formats": "dictionary files",
     "utils": "formats",
     "state": "files world",
-    "buffer": "world",
+    "buffer": "data world",
     "evaluation": "buffer dictionary model",
     "training": "files formats kernels trainers world",
     "tracking": "",
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "run": "buffer evaluation files formats hub kernels model plan plotting report state sweep tracking training world",
 }
 # The order in which text walks.
-TEXT = ["stream", "rows", "documents", "chats", "contexts", "batches"]
+TEXT = ["stream", "readers", "sources", "rows", "hub", "documents", "chats", "contexts", "batches"]
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
