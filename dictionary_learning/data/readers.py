@@ -235,15 +235,15 @@ def _line_number(path: Path, end: int) -> int:
 def _csv_rows(file: BinaryIO, delimiter: str) -> Iterator[dict[str, str] | None]:
     """Records by the names in the first; None for one with more or fewer fields, of which none can be trusted."""
     csv.field_size_limit(2**31 - 1)  # the module's limit of 128 KiB is no part of the format
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    names = next(reader, [])
-    try:
-        for record in reader:
-            if record:
-                yield dict(zip(names, record, strict=True)) if len(record) == len(names) else None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"line {reader.line_num}: {one_line(error)}") from error
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(reader, [])
+            for record in reader:
+                if record:
+                    yield dict(zip(names, record, strict=True)) if len(record) == len(names) else None
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"line {reader.line_num}: {one_line(error)}") from error
 
 
 # -- tables

@@ -147,10 +147,9 @@ def _split_of(top: Path, files: list[Path], split: str) -> Files:
     if not chosen and split == "train":
         chosen = [file for file in files if file not in named]
     if files and not chosen:
-        there = ", ".join(name for name in others if of_split[name]) or "none"
-        raise ValueError(
-            f"no file in {top} is of a split {split!r} (of others: {there}): name its file or folder instead"
-        )
+        others_there = ", ".join(name for name in others if of_split[name]) or "none"
+        advice = f"of others: {others_there}): name its file or folder instead"
+        raise ValueError(f"no file in {top} is of a split {split!r} ({advice}")
     return Files(chosen, [file for file in files if file not in set(chosen)])
 
 

@@ -259,7 +259,7 @@ def test_bad_local_datasets(tmp_path):
     refuses(tmp_path / "one.jsonl", "epochs must be at least 1", epochs=0)
     refuses(BUILT_IN, "has no split 'test'", split="test")
     for name, content in {
-        "a.csv": b"a,b\n1,2\n",
+        "a.xls": b"a,b\n1,2\n",
         "a.jsonl": b'{"text": "a',
         "b.jsonl": b"\xff\xfe\x00",
         "c.jsonl": b"[" * 100_000,
@@ -269,7 +269,7 @@ def test_bad_local_datasets(tmp_path):
         "a.txt.zst": zstandard.compress(bytes(range(128)) * 99)[:-5],
     }.items():
         (tmp_path / name).write_bytes(content)
-        refuses(tmp_path / name, "no text in" if name == "a.csv" else "cannot read .*a|cannot read .*jsonl")
+        refuses(tmp_path / name, "no text in" if name == "a.xls" else "cannot read .*a|cannot read .*jsonl")
     refuses(tmp_path, "several kinds")
 
 
