@@ -73,7 +73,8 @@ def position_mask(
     keep_BL = keep_BL & finite_BL
     sums = [part_BL.sum() for part_BL in (text_BL, ~text_BL, text_BL ^ inner_BL, inner_BL ^ finite_BL)]
     counts = torch.stack([*sums, (finite_BL ^ keep_BL).sum()]).tolist()
-    return keep_BL, dict(zip(("tokens", "padding", "bos", "nonfinite", "outliers"), counts, strict=True))
+    names: list[str] = ["tokens", "padding", "bos", "nonfinite", "outliers"]
+    return keep_BL, dict(zip(names, counts, strict=True))
 
 
 # what to do where a dtype's range is too small for a model
