@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dictionary_learning.buffer import ActivationBuffer, position_mask
+from dictionary_learning.data import MARK, TEXT
 from dictionary_learning.model import load_model
 
 BOS, LAYERS, D = 0, (1, 3), 4
@@ -26,7 +27,8 @@ class Texts:
         self.i += len(texts_B)
         tokens_BL = 1 + 6 * texts_B[:, None] + torch.arange(6)
         tokens_BL[:, 0] = BOS
-        mask_BL = (texts_B[:, None] % 3 != 2) | (torch.arange(6) < 4)
+        mask_BL = ((texts_B[:, None] % 3 != 2) | (torch.arange(6) < 4)).to(torch.uint8)
+        mask_BL[:, 0] = MARK
         return tokens_BL, mask_BL
 
     def __iter__(self):
@@ -72,7 +74,7 @@ def ids(batches, layer=LAYERS[0]):
 
 def text_ids(with_bos=False):
     tokens_BL, mask_BL = next(Texts(batch_size=1000))
-    return tokens_BL[mask_BL if with_bos else mask_BL & (tokens_BL != BOS)].tolist()
+    return tokens_BL[mask_BL > 0 if with_bos else mask_BL == TEXT].tolist()
 
 
 @pytest.mark.parametrize("llm_batch_size, n_tokens, out_batch_size", [(3, 60, 8), (1, 8, 8), (40, 9, 5), (7, 10**4, 3)])
@@ -193,17 +195,16 @@ def test_the_median_is_that_of_the_first_llm_batch_without_bos_and_padding():
         assert buffer.norm_bound[layer] == 7 * buffer.median_norms[layer]
 
 
-def test_the_mask_drops_bos_wherever_it_stands_padding_outliers_and_what_is_no_number():
-    tokens_BL = torch.tensor([[BOS, 5, BOS, 6, 7, 8, 9, BOS]])
-    mask_BL = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]).bool()
+def test_the_mask_drops_what_packing_put_in_padding_outliers_and_what_is_no_number():
+    mask_BL = torch.tensor([[2, 1, 2, 1, 1, 1, 0, 0]], dtype=torch.uint8)
     x_BLD = torch.ones(1, 8, D, dtype=torch.bfloat16)
     x_BLD[0, 3], x_BLD[0, 4, 0] = 50, float("nan")
-    args = tokens_BL, mask_BL, {2: x_BLD}, BOS
+    args = mask_BL, {2: x_BLD}
     keep_BL, counts = position_mask(*args, norm_bound={2: 20.0})
     assert keep_BL.tolist() == [[False, True, False, False, False, True, False, False]]
     assert counts == {"tokens": 6, "padding": 2, "bos": 2, "outliers": 2}
-    assert torch.equal(position_mask(*args)[0], mask_BL & (tokens_BL != BOS))
-    assert torch.equal(position_mask(*args, drop_bos=False)[0], mask_BL)
+    assert torch.equal(position_mask(*args)[0], mask_BL == TEXT)
+    assert torch.equal(position_mask(*args, drop_bos=False)[0], mask_BL > 0)
 
 
 @pytest.mark.parametrize("most_texts, halvings", [(8, 0), (7, 1), (4, 1), (3, 2), (1, 3)])
@@ -243,7 +244,7 @@ def test_it_serves_a_real_models_activations_in_its_dtype(tiny_model_folder):
     buffer = make(Texts(batch_size=40), lm, layers=[0, 2], n_tokens=1000)
     tokens_BL, mask_BL = next(Texts(batch_size=40))
     x_by_layer = lm.activations(tokens_BL, mask_BL, [0, 2])
-    keep_BL = position_mask(tokens_BL, mask_BL, x_by_layer, lm.bos_id, buffer.norm_bound)[0]
+    keep_BL = position_mask(mask_BL, x_by_layer, buffer.norm_bound)[0]
     batches = list(buffer)
     for layer in [0, 2]:
         served = torch.cat([batch[layer] for batch in batches])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from dictionary_learning.data import MARK, PADDING, TEXT
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderTopK,
@@ -62,8 +63,8 @@ def text(lm):
         logits_BLV, _ = lm.run(tokens_BL, torch.ones_like(tokens_BL))
         letters_BV = logits_BLV[:, -1, 1:].softmax(-1)
         tokens_BL = torch.cat([tokens_BL, 1 + letters_BV.multinomial(1, generator=generator)], dim=1)
-    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.bool)
-    mask_BL[2, 8:] = mask_BL[5, 3:] = False
+    mask_BL = torch.ones(CONTEXTS, L, dtype=torch.uint8)
+    mask_BL[:, 0], mask_BL[2, 8:], mask_BL[5, 3:] = MARK, PADDING, PADDING
     return tokens_BL, mask_BL
 
 
@@ -94,7 +95,7 @@ def in_batches(text, size):
 
 def scored(text):
     """Positions whose predictions count: not bos, and a real token follows."""
-    tokens_BL, mask_BL = text
+    tokens_BL, mask_BL = text[0], text[1] > 0
     scored_BL = mask_BL & (tokens_BL != 0)
     scored_BL[:, :-1] &= mask_BL[:, 1:]
     scored_BL[:, -1] = False
@@ -222,7 +223,7 @@ def test_the_identity_recovers_exactly_1_and_a_zero_sae_exactly_0(tiny_model_fol
 
 
 def test_losses_equal_those_of_the_model_with_its_layer_overwritten(lm, text):
-    tokens_BL, mask_BL = text
+    tokens_BL, mask_BL = text[0], text[1] > 0
     dictionary = sae(AutoEncoder)
     results = evaluate_saes(lm, [("sae", dictionary, LAYER)], in_batches(text, CONTEXTS))["sae"].results
     keep_BL, scored_BL = mask_BL & (tokens_BL != 0), scored(text)
@@ -297,7 +298,7 @@ class Meddled:
     """The model, with other activations where the mask excludes a position."""
 
     def __init__(self, lm, text):
-        self.lm, self.excluded, self.spliced = lm, ~text[1] | (text[0] == 0), []
+        self.lm, self.excluded, self.spliced = lm, text[1] != TEXT, []
 
     def __getattr__(self, name):
         return getattr(self.lm, name)
@@ -337,7 +338,7 @@ def test_masked_positions_keep_their_activation_and_count_nowhere(lm, text):
 
 def test_the_mask_follows_its_policy(lm, text):
     saes, batches = [("sae", sae(AutoEncoder), LAYER)], in_batches(text, 3)
-    tokens_BL, mask_BL = text
+    tokens_BL, mask_BL = text[0], text[1] > 0
     n_real, n_bos = int(mask_BL.sum()), CONTEXTS
     norms_N = lm.activations(*text, [LAYER])[LAYER][mask_BL & (tokens_BL != 0)].norm(dim=1)
     bound = float(norms_N.median()) + 1e-3
@@ -356,7 +357,7 @@ def test_the_mask_follows_its_policy(lm, text):
 
 
 def test_text_without_a_position_to_evaluate_is_one_clear_error(lm):
-    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
+    only_bos = (torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), MARK))
     for batches in ([], [only_bos]):
         with pytest.raises(ValueError, match="evaluation text"):
             evaluate_saes(lm, [("sae", sae(AutoEncoder), LAYER)], batches)
