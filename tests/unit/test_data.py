@@ -263,7 +263,7 @@ def test_bad_local_datasets(tmp_path):
         "a.jsonl": b'{"text": "a',
         "b.jsonl": b"\xff\xfe\x00",
         "c.jsonl": b"[" * 100_000,
-        "a.json": b'{"text": 1\n}',
+        "a.json": b'{"text": 1\n',
         "a.parquet": b"PAR1 and so on PAR1",
         "a.arrow": b"\xff\xff\xff\xff1234",
         "a.txt.zst": zstandard.compress(bytes(range(128)) * 99)[:-5],
