@@ -147,7 +147,7 @@ class ActivationSource:
         self.shards, self.lm, self.layers, self.readers, self.world = shards, lm, layers, readers, world
         self.device, self.mask, self.max_norm_multiple = device, mask, max_norm_multiple
         # equal on all ranks, except for the seconds
-        self.counts = dict.fromkeys(self.COUNTS, 0)
+        self.counts: dict[str, int] = dict.fromkeys(self.COUNTS, 0)
         self.seconds = {"text": 0.0, "llm": 0.0} | ({"exchange": 0.0} if world.size > 1 else {})
         self.llm_batch_halvings = 0
         self.llm_batch_size = self.context_length = 0  # the largest seen
@@ -348,7 +348,7 @@ class ActivationSource:
         seconds = self.seconds
         for name in self._PLAIN_STATE:
             setattr(self, name, deepcopy(state["source"][name]))
-        self.counts = dict.fromkeys(self.COUNTS, 0) | self.counts  # a state of before something was counted
+        self.counts = {name: self.counts.get(name, 0) for name in self.COUNTS}  # of an older state too
         self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
         self._put_back.clear()
         self._ended = [False] * len(self.shards)  # there may be more text by now
