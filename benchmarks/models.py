@@ -4,8 +4,8 @@
 
 Prints a line for each type and variant. Exact means: activations are those of a plain forward hook, a truncated load
 has the whole model's, running on from a layer is running the model with that block's output replaced, a later token
-changes nothing before it, the context limit can be run at, all this in bf16 too. "wrong" is anything else but a
-ValueError.
+changes nothing before it, the context limit can be run at. "wrong" is anything else but a ValueError, "no model" a
+configuration that transformers makes no model of.
 """
 
 import argparse
@@ -154,6 +154,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["zamba", "zamba2"], ZAMBA),
     "zaya": {"num_experts_per_tok": 1},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_ssm": 2 * D, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 
