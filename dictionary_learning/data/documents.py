@@ -126,8 +126,8 @@ class Documents(Stream):
     def end(self) -> str:
         if not self._ended:
             return ""
-        times = f", read {self.epochs} times" if self.epochs > 1 else ""
-        return f"{self.name}{times}, has {self.n_documents:,} documents and no more"
+        times = f", read {self.epochs} times," if self.epochs > 1 else ""
+        return f"{self.name}{times} has {self.n_documents:,} documents and no more"
 
     def __next__(self) -> Any:
         while True:
