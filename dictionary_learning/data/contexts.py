@@ -210,10 +210,18 @@ class MixedContexts(Stream):
             raise ValueError(f"chat_fraction must lie between 0 and 1, got {chat_fraction}")
         self.pretrain, self.chat, self.chat_fraction = pretrain, chat, chat_fraction
         self.n_tokens = self.n_chat_tokens = 0
+        self._ended: Stream | None = None
+
+    @property
+    def end(self) -> str:
+        return "" if self._ended is None else self._ended.end
 
     def __next__(self) -> Context:
         is_chat = self.n_chat_tokens < self.chat_fraction * self.n_tokens
-        context = next(self.chat if is_chat else self.pretrain)
+        stream = self.chat if is_chat else self.pretrain
+        if (context := next(stream, None)) is None:
+            self._ended = stream
+            raise StopIteration
         self.n_tokens += len(context.tokens)
         self.n_chat_tokens += len(context.tokens) * is_chat
         return context

@@ -64,8 +64,9 @@ def _message(value: object) -> dict[str, Any] | None:
         speaker, said = message.pop("from").lower(), message.pop("value", None)
         message = {"role": ROLES.get(speaker, speaker), "content": said, **message}
     if isinstance(parts := message.get("content"), list):
-        texts = [part if isinstance(part, str) else isinstance(part, dict) and part.get("text") for part in parts]
-        message["content"] = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        strings = [text for text in texts if isinstance(text, str)]
+        message["content"] = "".join(strings) if len(strings) == len(texts) else None
     elif "content" not in message and message.get("tool_calls"):
         message["content"] = ""
     return message if isinstance(message.get("role"), str) and _is_text(message.get("content")) else None
@@ -126,8 +127,8 @@ class Documents(Stream):
     def end(self) -> str:
         if not self._ended:
             return ""
-        times = f", read {self.epochs} times" if self.epochs > 1 else ""
-        return f"{self.name}{times}, has {self.n_documents:,} documents and no more"
+        times = f", read {self.epochs} times," if self.epochs > 1 else ""
+        return f"{self.name}{times} has {self.n_documents:,} documents and no more"
 
     def __next__(self) -> Any:
         while True:

@@ -181,6 +181,7 @@ def _open_cached(source: Source, revision: str | None) -> tuple[Any, str | None]
     """What lies of a dataset in the local caches: that of whole repositories, then that of `datasets.load_dataset`."""
     import datasets
     import huggingface_hub
+    from datasets import config
 
     where = {"split": source.split, "streaming": True}
     try:
@@ -190,13 +191,13 @@ def _open_cached(source: Source, revision: str | None) -> tuple[Any, str | None]
         return datasets.load_dataset(folder, source.subset, **where), Path(folder).name
     except (huggingface_hub.errors.LocalEntryNotFoundError, FileNotFoundError):
         pass  # nothing, or no more than its card
-    online, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    online, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
     try:
         return datasets.load_dataset(source.dataset, source.subset, **where), revision
     except (ConnectionError, FileNotFoundError):
         return None
     finally:
-        datasets.config.HF_HUB_OFFLINE = online
+        config.HF_HUB_OFFLINE = online
 
 
 def _file_of_shard(source: Source, shard: int, n_shards: int) -> str:

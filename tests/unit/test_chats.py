@@ -173,11 +173,16 @@ def test_the_stream_that_ended_is_named(tokenizer, tmp_path):
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "words " * 50}] * 90)
     talk = write_jsonl(tmp_path / "talk.jsonl", [{"messages": chat} for chat in chats(3)])
     batches = open_batches(
-        text, chat_tokenizer(tokenizer, QWEN), context_length=32, batch_size=2, mixed=True, chat_dataset=talk
+        text,
+        chat_tokenizer(tokenizer, QWEN),
+        context_length=32,
+        batch_size=2,
+        mixed=True,
+        chat_dataset=talk,
+        prefetch=0,
     )
     assert batches.end == "" and len(list(batches)) > 1
     assert batches.end == f"{talk} has 3 documents and no more"
-    batches.close()
 
 
 def test_conversations_as_sharegpt_has_them_and_content_in_parts(tmp_path):
