@@ -128,8 +128,8 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D},
-    "dots3_note_audio_encoder": {"adapter_input_size": D},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D, "adapter_out_dim": D},
+    "dots3_note_audio_encoder": {"adapter_input_size": D, "adapter_out_dim": D},
     "dots3_note_text": DOTS3,
     "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gemma3n_text": {
