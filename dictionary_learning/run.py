@@ -55,6 +55,7 @@ def prepare_folder(plan: Plan) -> dict[str, Any]:
     if not record.exists():
         content = {
             "run_id": uuid.uuid4().hex,
+            "overwrite": plan.options.overwrite,  # of the Hub's copy too
             "settings": plan.settings(),
             "command": shlex.join(["python", *plan.options.command]),
             "versions": versions(),
@@ -298,10 +299,8 @@ def check(plan: Plan) -> None:
     if options.hf_repo_id and not options.dry_run:
         from .hub import check_repo
 
-        print(
-            check_repo(options.hf_repo_id, options.private, run_folder=plan.folder, overwrite=options.overwrite)
-            or f"uploads go to {options.hf_repo_id}"
-        )
+        place = {"private": options.private, "run_folder": plan.folder, "overwrite": options.overwrite}
+        print(check_repo(options.hf_repo_id, **place) or f"uploads go to {options.hf_repo_id}")
 
 
 def carry_out(plan: Plan) -> int:
