@@ -64,6 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         buffer_tokens=250_000,
         autocast=None,
         kernels="torch",
+        sae_threads=None,
         mask=True,
         exclude_special_tokens=False,
         max_norm_multiple=10.0,

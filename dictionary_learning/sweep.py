@@ -131,6 +131,9 @@ class Sweep:
         "dtype of the SAEs' matmuls (default: bfloat16 on CUDA)", choices=("float32", "bfloat16")
     )
     kernels: str = option("of the SAEs' training steps; triton is for GPUs", choices=("torch", "triton"))
+    sae_threads: int | None = option(
+        "CPU threads that step SAEs side by side; 1: SAEs in turn, by all threads (default: by a measurement)"
+    )
     mask: bool = option("leave out padding, the marks between documents and positions of outlying norm")
     exclude_special_tokens: bool = option("leave out every special token of the tokenizer, those of chats too")
     max_norm_multiple: float = option("a norm above this many medians is an outlier")

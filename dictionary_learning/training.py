@@ -7,8 +7,10 @@ import copy
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from .files import append_jsonl, rewind_jsonl, write_json
 from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
-from .trainers import LossOutput, SAETrainer
+from .trainers import LossOutput, SAETrainer, TopKTrainer
 from .trainers.trainer import SparseTrainer
 from .world import World
 
@@ -90,14 +92,24 @@ def make_runs(
     return runs
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`, float32 meaning none."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else None, enabled=half)
+
+
+def _random_activations(batch_size: int, activation_dim: int) -> Tensor:
+    """x_BD of norm 1."""
+    x_BD = torch.randn(batch_size, activation_dim, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(x_BD, dim=1)
+
+
 def step_microseconds(
     config: Mapping[str, Any], batch_size: int, autocast_dtype: torch.dtype, shard: Shard = WHOLE, steps: int = 3
 ) -> int:
     """How long a training step of such an SAE takes, by a few of them on random activations of norm 1."""
     trainer = make_trainer(config, shard)
-    shape = batch_size, trainer.cfg.activation_dim
-    x_BD = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=1)
-    x_BD, half = x_BD.to(trainer.device, autocast_dtype), autocast_dtype != torch.float32
+    x_BD = _random_activations(batch_size, trainer.cfg.activation_dim).to(trainer.device, autocast_dtype)
 
     def seconds() -> float:
         if trainer.device.type == "cuda":
@@ -108,18 +120,82 @@ def step_microseconds(
     for step in range(1 + steps):
         if step == 1:
             start = seconds()  # the first one initialises
-        with torch.autocast(trainer.device.type, autocast_dtype if half else None, enabled=half):
+        with autocast(trainer.device, autocast_dtype):
             trainer.update(step, x_BD)
     return max(round(1e6 * (seconds() - start) / steps), 1)
 
 
+def workers_pool(n: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch's operations take one thread.
+
+    torch keeps a number for the process, which a thread takes at its first operation, and one for each thread; to set
+    the one sets the other too.  So a thread first takes the process's, then sets its own, and that is set back.
+    """
+    all_threads, ready = torch.get_num_threads(), threading.Barrier(n + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(n, "SAEs", begin)
+    for _ in range(n):  # one is started for each call that finds no idle one
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(all_threads)
+    return pool
+
+
+# Beyond so many weights a matrix, operations are large enough to share: at D 512 and F 16384 both ways take the same.
+MEASURED_WEIGHTS = 2**23
+MEASURED_ROUNDS = 3
+
+
+def choose_workers(
+    configs: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    autocast_dtype: torch.dtype,
+    device: str,
+    shard: Shard = WHOLE,
+) -> int:
+    """How many worker threads should step these SAEs side by side, 1 where all threads should share each operation.
+
+    Small operations wait at their ends for threads more than they gain by them, and most where another process is busy.
+    Steps of a few such SAEs, on random activations, are timed each way in turn; the run's own trainers are not touched.
+    """
+    n = min(torch.get_num_threads(), len(configs))
+    largest = max((config["activation_dim"] * config["dict_size"] for config in configs), default=0)
+    if n <= 1 or device != "cpu" or shard.size > 1 or largest > MEASURED_WEIGHTS:
+        return 1
+    # of the SAEs, as many as there are workers, and as different as the grid has them
+    trainers = [make_trainer(configs[i * len(configs) // n]) for i in range(n)]
+    x_BD = _random_activations(batch_size, trainers[0].cfg.activation_dim).to(autocast_dtype)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def step(trainer: SAETrainer) -> None:
+        for number in range(2):
+            with autocast(trainer.device, autocast_dtype):
+                trainer.update(number, x_BD)
+
+    with workers_pool(n) as pool:
+        for i in range(1 + MEASURED_ROUNDS):
+            for side_by_side in (True, False):
+                start = time.perf_counter()
+                list(pool.map(step, trainers) if side_by_side else map(step, trainers))
+                if i > 0:  # the first round finds the caches cold
+                    seconds[side_by_side].append(time.perf_counter() - start)
+    return n if min(seconds[True]) <= min(seconds[False]) else 1
+
+
 @torch.no_grad()
 def estimate_norm_factor(batches: Iterable[Tensor]) -> float:
-    """sqrt(mean ||x||^2) over the rows of all batches, in float32 with float64 sums."""
+    """sqrt(mean ||x||^2) over the rows of all batches, in float32 with float64 sums.  ValueError where it is 0."""
     total, count = 0.0, 0
     for x_BD in batches:
         total += float(x_BD.float().square().sum(dim=-1).double().sum())
         count += len(x_BD)
+    if total == 0:
+        raise ValueError("all activations are zero, so there is nothing to train on: check the layer and the text.")
     return math.sqrt(total / count)
 
 
@@ -136,6 +212,8 @@ def metrics(step: int, tokens: int, run: SAERun, x_BD: Tensor, out: LossOutput) 
     }
     if isinstance(run.trainer, SparseTrainer):
         values["sparse"] = out.f.code is not None
+    if isinstance(run.trainer, TopKTrainer):
+        values["screened"] = run.trainer.screened
     threshold = getattr(run.trainer.ae, "threshold", None)
     if threshold is not None:
         shard = run.trainer.shard
@@ -227,6 +305,9 @@ class Loop:
         and before a stop.
     track: called with (index of the SAE, its metrics) whenever these are logged.
     timings: seconds by part of the pipeline so far, for the progress bar.
+    workers: threads that step SAEs side by side, each with operations of one thread; with 1, SAEs are stepped one after
+        another by all threads. Their number changes no bit, but sums over parts of a tensor, one a thread, do: 1 worker
+        and several differ in the last bits where there are several threads, so the state records it.
     """
 
     runs: list[SAERun]
@@ -243,6 +324,7 @@ class Loop:
     timings: Callable[[], dict[str, float]] | None = None
     show_progress: bool = True
     world: World = field(default_factory=World)
+    workers: int = 1
     step: int = 0
     tokens: int = 0
     seconds_in_state: float = 0.0
@@ -250,6 +332,7 @@ class Loop:
     def __post_init__(self) -> None:
         for run in self.runs:
             run.config["trainer"]["norm_factor"] = self.norm_factors[run.layer]
+        self._pool: ThreadPoolExecutor | None = None
 
     def train(self) -> None:
         """Run to the end and write every SAE.  Raises Interrupted and, when all is written, TextEndedError."""
@@ -259,7 +342,7 @@ class Loop:
                 run.metrics_file.unlink(missing_ok=True)  # of a run that was killed before its first state
         bar = tqdm(total=None, unit="tok", unit_scale=True, desc="training", disable=not self.show_progress)
         bar.total, bar.n = self._total_tokens(), self.tokens
-        with signals_noted() as signals, bar:
+        with signals_noted() as signals, bar, self._side_by_side():
             asked: Callable[[], list[int]] | None = None
             x_by_layer: dict[int, Tensor] | None = {}
             while self.step < self.steps:
@@ -302,6 +385,16 @@ class Loop:
                 f"{self.steps}); the SAEs are written as they are."
             )
 
+    @contextmanager
+    def _side_by_side(self) -> Iterator[None]:
+        """Within this, the workers are there."""
+        if self.workers == 1:
+            yield
+            return
+        with workers_pool(self.workers) as self._pool:
+            yield
+        self._pool = None
+
     def _ask(self, signals: list[str], last_backup: float) -> Callable[[], list[int]]:
         """Of all ranks: the number of a signal or 0, whether a state is late, whether there is an SAE that goes on."""
         return self.world.ask_largest(
@@ -331,27 +424,31 @@ class Loop:
             raise Interrupted(f"{error}; saved after step {self.step} of {self.steps}") from error
 
     def _update_all(self, x_by_layer: dict[int, Tensor]) -> None:
-        normalised: dict[int, Tensor] = {}
+        normalised: dict[tuple[int, torch.device], Tensor] = {}
         log = self.step % self.log_steps == 0 or self.step == self.steps - 1
-        for run in self.runs:
-            if run.failure is not None:
-                continue
-            layer = run.layer
-            device = run.trainer.device
-            if layer not in normalised:
+        going = [run for run in self.runs if run.failure is None]
+        for run in going:
+            where = run.layer, run.trainer.device
+            if where not in normalised:
                 # cast before the division, as the reference does: under bf16 the order shows in the last bit
-                normalised[layer] = (
-                    x_by_layer[layer].to(device, self.autocast_dtype, copy=True) / self.norm_factors[layer]
-                )
-            x_BD = normalised[layer]
-            half = self.autocast_dtype != torch.float32
-            with self.world.peers(), torch.autocast(device.type, self.autocast_dtype if half else None, enabled=half):
+                x_BD = x_by_layer[run.layer].to(run.trainer.device, self.autocast_dtype, copy=True)
+                normalised[where] = x_BD / self.norm_factors[run.layer]
+
+        def update(run: SAERun) -> dict[str, Any] | None:
+            """What is logged of the step; None where nothing is, or where the SAE has failed."""
+            x_BD = normalised[run.layer, run.trainer.device]
+            with self.world.peers(), autocast(run.trainer.device, self.autocast_dtype):
                 out = run.trainer.update(self.step, x_BD)
-            if log:
-                if bool(run.trainer.stopped):
-                    self._fail(run, x_by_layer[layer])
-                else:
-                    self._log(run, metrics(self.step, self.tokens + len(x_BD), run, x_BD, out))
+            if not log or bool(run.trainer.stopped):
+                return None
+            return metrics(self.step, self.tokens + len(x_BD), run, x_BD, out)
+
+        records = map(update, going) if self._pool is None else self._pool.map(update, going)
+        for run, record in zip(going, records, strict=True):
+            if record is not None:
+                self._log(run, record)
+            elif log:
+                self._fail(run, x_by_layer[run.layer])
 
     def _fail(self, run: SAERun, x_BD: Tensor) -> None:
         norms = x_BD.float().norm(dim=-1)
@@ -404,10 +501,13 @@ class Loop:
             shard = run.trainer.shard
             entry = {"state": run.trainer.state_dict(), "failure": run.failure, "shares": shard.size}
             state[f"trainers.{run.index}.{shard.rank}"] = entry
-        return state | ({"loop": {"step": self.step, "tokens": self.tokens}} if self.world.rank == 0 else {})
+        loop = {"step": self.step, "tokens": self.tokens, "workers": self.workers}
+        return state | ({"loop": loop} if self.world.rank == 0 else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.tokens = state["loop"]["step"], state["loop"]["tokens"]
+        if (state["loop"].get("workers", 1) > 1) != (self.workers > 1):
+            self.workers = state["loop"].get("workers", 1)
         for run in self.runs:
             first = state[f"trainers.{run.index}.0"]
             shares, shard = first["shares"], run.trainer.shard

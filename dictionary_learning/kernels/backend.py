@@ -1,10 +1,17 @@
 """Which code does the hot operations: torch's, on every device, or our Triton kernels, on GPUs."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from . import adam
+
+T = TypeVar("T")
 
 _triton_ops: ModuleType | None = None
 _optimizer: ModuleType = adam
@@ -38,3 +45,26 @@ def optimizer() -> ModuleType:
 def on_cpu(tensor: Tensor) -> bool:
     """Whether numpy can work on it, and a wait costs nothing."""
     return tensor.device.type == "cpu"
+
+
+PIECE_ENTRIES = 2**17  # of a tensor that numpy works on, some 50 microseconds: less is not worth a call to a thread
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, "pieces")
+
+
+def in_pieces(function: Callable[[slice], T], n_rows: int, width: int) -> list[T]:
+    """The results for the rows of a matrix, split over as many threads as torch's operations have here.
+
+    The function should leave Python's lock, as numpy's do, and torch's operations take all threads in any case.
+    """
+    n = min(torch.get_num_threads(), n_rows * width // PIECE_ENTRIES)
+    if n <= 1:
+        return [function(slice(0, n_rows))]
+    ends = [n_rows * i // n for i in range(n + 1)]
+    pieces = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    first, *others = pieces
+    waiting = [_threads(n - 1).submit(function, piece) for piece in others]
+    return [function(first), *(call.result() for call in waiting)]

@@ -10,15 +10,17 @@ candidates, and M is the number of candidates of the token that has most; pre = 
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import on_cpu, triton_ops
+from . import screen
+from .backend import in_pieces, on_cpu, triton_ops
 from .shard import WHOLE, Shard
-from .sparse import Code, Features, pre_activations
+from .sparse import Code, Features, dots, pre_activations
 
 # Tall tiles make fast matmuls: on two cores at D 512 the product in tiles of 2048 x 1024 takes 0.85 of the time of the
 # whole B x F product, in tiles of 256 x 16384 1.16 of it.  A tile of fp32 takes 8 MB of the cache.
@@ -35,6 +37,7 @@ class Encoder:
     weight_FD: Tensor
     bias_F: Tensor
     first_token: int = 0
+    screened: bool = False  # tiles are in bf16
 
     @property
     def tiled(self) -> bool:
@@ -50,11 +53,21 @@ class Encoder:
         """(its latents, pre_bc) of one tile after another; the memory is used again."""
         n_tokens, dict_size = len(self.z_bD), len(self.weight_FD)
         width = max(1, TILE_ENTRIES // n_tokens) if self.tiled else dict_size
-        memory = self.z_bD.new_empty(n_tokens * min(width, dict_size))
+        z_bD = self.z_bD.to(torch.bfloat16) if self.screened else self.z_bD
+        memory = z_bD.new_empty(n_tokens * min(width, dict_size))
         for first in range(0, dict_size, width):
             latents = slice(first, min(first + width, dict_size))
             pre_bc = memory[: n_tokens * (latents.stop - first)].view(n_tokens, -1)
-            yield latents, torch.addmm(self.bias_F[latents], self.z_bD, self.weight_FD[latents].T, out=pre_bc)
+            bias_c, weight_cD = self.bias_F[latents].to(z_bD.dtype), self.weight_FD[latents].to(z_bD.dtype)
+            yield latents, torch.addmm(bias_c, z_bD, weight_cD.T, out=pre_bc)
+
+    @cached_property
+    def norm_b1(self) -> Tensor:
+        return torch.linalg.vector_norm(self.z_bD, dim=1, keepdim=True)
+
+    def slack_b1(self, latents: slice) -> Tensor:
+        """How far below fp32's the pre-activations of a tile may lie, before they are rounded."""
+        return screen.slack(self.norm_b1, self.weight_FD[latents], self.bias_F[latents])
 
 
 @dataclass
@@ -66,10 +79,22 @@ class Candidates:
     counts: list[Tensor] = field(default_factory=list)  # of each tile, how many each token has there
 
     def add(self, pre_bc: Tensor, bound: Tensor | float, latents: slice) -> None:
-        flat_n = _nonzero(_compared(operator.gt, pre_bc, bound).flatten())
+        """Those of a tile strictly above `bound`."""
+        block = self.block
+        if block.screened:
+            flat_n = _where(operator.ge, pre_bc, (bound - block.slack_b1(latents)).to(torch.bfloat16))
+        else:
+            flat_n = _where(operator.gt, pre_bc, bound)
         token_n = torch.div(flat_n, pre_bc.shape[1], rounding_mode="floor")
-        latent_n = flat_n - token_n * pre_bc.shape[1] + latents.start
-        self.parts.append((pre_bc.flatten().index_select(0, flat_n), token_n, latent_n))
+        latent_n = flat_n - token_n * pre_bc.shape[1]
+        if block.screened:  # a tile's latents stay in the cache
+            pre_n = dots(block.z_bD, token_n, block.weight_FD[latents], latent_n)
+            pre_n += block.bias_F[latents].index_select(0, latent_n)
+            kept = _nonzero(pre_n > (bound.flatten().index_select(0, token_n) if _of_tokens(bound) else bound))
+            pre_n, token_n, latent_n = (x_n.index_select(0, kept) for x_n in (pre_n, token_n, latent_n))
+        else:
+            pre_n = pre_bc.flatten().index_select(0, flat_n)
+        self.parts.append((pre_n, token_n, latent_n.add_(latents.start)))
         self.counts.append(torch.bincount(token_n, minlength=len(pre_bc)))
 
     def _ranks(self) -> tuple[Tensor, Tensor]:
@@ -111,19 +136,39 @@ def _joined(parts: list[Chosen]) -> Chosen:
     return pre_N, token_N, latent_N
 
 
-# On the CPU these are numpy's, in a third of torch's time; and `index_select` takes half of that of `[...]`.
+def _of_tokens(bound: Tensor | float) -> TypeGuard[Tensor]:
+    """Whether a bound is one for each token, (b, 1)."""
+    return isinstance(bound, Tensor) and bound.ndim == 2
+
+
+# On the CPU these are numpy's, in a third of torch's time, and in pieces on the threads there are; and `index_select`
+# takes half of the time of `[...]`.
 
 
 def _array(values: Tensor) -> np.ndarray:
-    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()  # numpy has no bf16
-    return wide.detach().numpy()
+    """As numpy compares them.  It has no bf16; but as whole numbers the bits of positive ones have the same order, and
+    negative ones are below them, which are all that is ever asked for by a bound that is not negative."""
+    bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+    return bits.detach().numpy()
 
 
-def _compared(compare: Callable[[Any, Any], Any], values: Tensor, bound: Tensor | float) -> Tensor:
-    """Which values compare so with the bound."""
-    if on_cpu(values):
-        return torch.from_numpy(compare(_array(values), _array(torch.as_tensor(bound))))
-    return compare(values, bound)
+def _where(compare: Callable[[Any, Any], Any], pre_bc: Tensor, bound: Tensor | float) -> Tensor:
+    """The flat indices, ascending, of the values that compare so with the bound, `gt` or `ge`."""
+    bound = torch.as_tensor(bound)
+    halves = pre_bc.dtype == bound.dtype == torch.bfloat16
+    if not on_cpu(pre_bc) or (halves and not bool((bound >= 0).all())):
+        return _nonzero(compare(pre_bc, bound).flatten())
+    if pre_bc.dtype == torch.bfloat16 and not halves:
+        pre_bc = pre_bc.to(bound.dtype)
+    values, bounds = _array(pre_bc), _array(bound)
+
+    def of_rows(rows: slice) -> np.ndarray:
+        found = np.flatnonzero(compare(values[rows], bounds[rows] if bounds.ndim == 2 else bounds))
+        found += rows.start * values.shape[1]
+        return found
+
+    found = in_pieces(of_rows, *values.shape)
+    return torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found))
 
 
 def _nonzero(chosen_n: Tensor) -> Tensor:
@@ -134,9 +179,12 @@ def _nonzero(chosen_n: Tensor) -> Tensor:
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
-    """Of each row, on the CPU."""
-    column = values.shape[-1] - k
-    return torch.from_numpy(np.partition(_array(values), column)[..., column]).to(values.dtype)
+    """Of each row, on the CPU; of bf16 a positive one, or one that is not."""
+    array, column = _array(values), values.shape[-1] - k
+    if values.ndim == 1:
+        return torch.from_numpy(np.partition(array, column)[column : column + 1]).view(values.dtype)[0]
+    found = in_pieces(lambda rows: np.partition(array[rows], column)[:, column], *array.shape)
+    return torch.from_numpy(np.concatenate(found)).view(values.dtype)
 
 
 def _encode(
@@ -146,6 +194,7 @@ def _encode(
     b_dec_D: Tensor | None,
     shard: Shard,
     choose: Callable[[Encoder], Chosen],
+    screened: bool = False,
 ) -> Features:
     device = x_BD.device
     if b_dec_D is None:
@@ -154,15 +203,25 @@ def _encode(
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else encoder_FD.dtype
         with torch.autocast(device.type, enabled=False):
             z_BD = (x_BD - b_dec_D).to(dtype)
-            pre_N, token_N, latent_N = choose(Encoder(z_BD, encoder_FD.to(dtype), bias_F.to(dtype)))
+            encoder = Encoder(z_BD, encoder_FD.to(dtype), bias_F.to(dtype))
+            encoder.screened = screened and encoder.tiled and dtype == torch.float32
+            pre_N, token_N, latent_N = choose(encoder)
     code = Code(token_N, latent_N, len(x_BD), len(encoder_FD))
     return Features(pre_activations(pre_N, z_BD, encoder_FD, bias_F, b_dec_D, code), code, shard)
 
 
 def encode_topk(
-    x_BD: Tensor, encoder_FD: Tensor, bias_F: Tensor, b_dec_D: Tensor, k: int, shard: Shard = WHOLE
+    x_BD: Tensor,
+    encoder_FD: Tensor,
+    bias_F: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    shard: Shard = WHOLE,
+    screened: bool = False,
 ) -> Features:
     """relu(pre) at the k largest of each token, N = B k; zeros may be among them.
+
+    screened: products in bf16 tell out most pairs first, on the CPU in fp32; the result is the same.
 
     With a shard, `encoder_FD` and `bias_F` are its latents', the k largest are those of all latents, and N is what this
     process has of them.
@@ -175,7 +234,7 @@ def encode_topk(
         values_BK = torch.relu(chosen[0]).view(len(x_BD), -1)
         return _taken(chosen, shard.largest_of_each_token(values_BK, k).flatten())
 
-    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose)
+    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose, screened)
     return replace(features, values=torch.relu(features.values))
 
 
@@ -199,6 +258,7 @@ def encode_batch_topk(
     n: int,
     guess: Tensor | None = None,
     shard: Shard = WHOLE,
+    screened: bool = False,
 ) -> Features:
     """relu(pre) at the n largest of the whole batch; of equal ones the lowest (token, latent) wins.
 
@@ -206,6 +266,7 @@ def encode_batch_topk(
     below the n-th largest (last step's, say, times 0.95): a good one saves time, a bad one costs a second pass; the
     result never depends on it, since a bound that at least n values exceed cannot cut one of the n largest.
     With a shard, the n largest are those of all latents, and N is what this process has of them.
+    screened: products in bf16 tell out most pairs first, on the CPU in fp32; the result is the same.
     """
 
     def choose(encoder: Encoder) -> Chosen:
@@ -222,7 +283,7 @@ def encode_batch_topk(
         flat_N = (chosen[1] * shard.size + shard.rank) * width + chosen[2]  # over the whole batch and all latents
         return _taken(chosen, shard.largest_of_batch(chosen[0], flat_N, n))
 
-    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose)
+    features = _encode(x_BD, encoder_FD, bias_F, b_dec_D, shard, choose, screened)
     return replace(features, values=torch.relu(features.values))
 
 
@@ -266,8 +327,8 @@ def _bounds(encoder: Encoder, n: float, guess: Tensor | None) -> Iterator[Tensor
     share = n * pre_bc.numel() / (len(encoder.z_bD) * len(encoder.weight_FD))
     for rank in (1.5 * share, 6 * share):
         rank = min(max(1, int(rank)), pre_bc.numel())
-        yield _kth_largest(pre_bc.flatten(), rank).clamp(min=0)
-    yield pre_bc.new_zeros(())
+        yield _kth_largest(pre_bc.flatten(), rank).float().clamp(min=0)
+    yield pre_bc.new_zeros((), dtype=torch.float32)
 
 
 def _largest(chosen: Chosen, n: int) -> Chosen:
@@ -308,13 +369,17 @@ def _topk_by_bound(block: Encoder, k: int) -> tuple[Tensor, Tensor]:
     candidates, bound_b1 = Candidates(block), None
     for latents, pre_bc in block.tiles():
         if bound_b1 is None:
+            whole = pre_bc.shape[1] == len(block.weight_FD)
             # twice as many as the sample's share of k, and some: 3 standard deviations if latents are alike
-            rank = 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
-            if pre_bc.shape[1] == len(block.weight_FD):
+            rank = k if whole else 2 * k * pre_bc.shape[1] // len(block.weight_FD) + 4
+            if whole and not block.screened:
                 return _topk_of_rows(pre_bc, k)
             if 4 * rank > pre_bc.shape[1]:  # to look at all is cheaper
                 return _topk_of_all(block, k)
-            bound_b1 = _kth_largest(pre_bc, rank)[:, None].clamp(min=0)
+            bound_b1 = _kth_largest(pre_bc, rank)[:, None].to(block.z_bD.dtype)
+            if whole:  # k pairs in bf16 reach it, and so in fp32 what lies below it by their rounding and this one's
+                bound_b1 = bound_b1 * (1 - 2 * screen.UNIT) - block.slack_b1(latents)
+            bound_b1 = bound_b1.clamp(min=0)
         candidates.add(pre_bc, bound_b1, latents)
     pre_bK, latent_bK, missing_r = candidates.largest_of_each_token(k)
     if len(missing_r):
@@ -335,7 +400,7 @@ def _topk_of_rows(pre_bc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if (kernels := triton_ops()) is not None:
         return kernels.select_topk(pre_bc, k)
     if on_cpu(pre_bc):  # nothing but ties makes more than k reach the k-th largest
-        flat_n = _nonzero(_compared(operator.ge, pre_bc, _kth_largest(pre_bc, k)[:, None]).flatten())
+        flat_n = _where(operator.ge, pre_bc, _kth_largest(pre_bc, k)[:, None])
         if len(flat_n) == len(pre_bc) * k:
             values_n = pre_bc.flatten().index_select(0, flat_n).relu_()
             return values_n.view(-1, k), (flat_n % pre_bc.shape[1]).view(-1, k)

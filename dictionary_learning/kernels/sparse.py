@@ -32,6 +32,10 @@ class Code:
     dict_size: int
 
     @cached_property
+    def token_by_latent_N(self) -> Tensor:
+        return self.token_N.index_select(0, self.by_latent[0])
+
+    @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """(order_N, offsets_F): the pairs sorted by latent, and where each latent's begin."""
         order_N = _stable_order(self.latent_N, self.dict_size)
@@ -73,6 +77,12 @@ class Features:
             return self.shard.min(values.amin(dim=-1))
         none_B = values.new_full((self.code.n_tokens,), torch.inf)
         return self.shard.min(none_B.scatter_reduce(0, self.code.token_N, values, "amin"))
+
+    def smallest(self) -> Tensor:
+        """Scalar: the smallest positive value, +inf where there is none."""
+        if self.values.numel() == 0:
+            return self.shard.min(self.values.new_full((), torch.inf, dtype=torch.float32))
+        return self.shard.min(torch.where(self.values > 0, self.values, torch.inf).float().amin())
 
     def n_active(self) -> Tensor:
         """Scalar: the values that are not zero."""
@@ -120,11 +130,10 @@ def _bag(index_N: Tensor, table: Tensor, offsets: Tensor, weights_N: Tensor) -> 
     return torch.nn.functional.embedding_bag(index_N, table, offsets, mode="sum", per_sample_weights=weights_N)
 
 
-def _dots(grad_RD: Tensor, row_N: Tensor, offsets_R: Tensor, table_FD: Tensor, latent_N: Tensor) -> Tensor:
-    """<grad_RD[row], table_FD[latent]> of every pair, without an (N, D) tensor."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_RD, table_FD, latent_N, offsets_R, row_N, 0, -1
-    )
+def dots(left_RD: Tensor, row_N: Tensor, right_FD: Tensor, latent_N: Tensor) -> Tensor:
+    """<left_RD[row], right_FD[latent]> of every pair, without an (N, D) tensor."""
+    unused = row_N[:0]  # where bags begin, which `row_N` says too
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left_RD, right_FD, latent_N, unused, row_N, 0, -1)
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -133,7 +142,7 @@ class _SparseDecode(torch.autograd.Function):
         table_FD = decoder_FD.to(values_N.dtype)  # under autocast, as a matmul would cast it
         offsets_R = _offsets(row_N, n_rows)
         ctx.save_for_backward(values_N, table_FD, row_N, offsets_R)
-        ctx.code, ctx.weight_dtype = code, decoder_FD.dtype
+        ctx.code, ctx.weight_dtype, ctx.rows_are_tokens = code, decoder_FD.dtype, row_N is code.token_N
         decode = _bag if (kernels := triton_ops()) is None else kernels.decode
         return decode(code.latent_N, table_FD, offsets_R, values_N)
 
@@ -146,10 +155,11 @@ class _SparseDecode(torch.autograd.Function):
             return grads[0], grads[1].to(ctx.weight_dtype), None, None, None
         grad_values_N = grad_decoder_FD = None
         if ctx.needs_input_grad[0]:
-            grad_values_N = _dots(grad_RD, row_N, offsets_R, table_FD, ctx.code.latent_N)
+            grad_values_N = dots(grad_RD, row_N, table_FD, ctx.code.latent_N)
         if ctx.needs_input_grad[1]:
             order_N, offsets_F = ctx.code.by_latent
-            sorted_row_N, sorted_values_N = row_N.index_select(0, order_N), values_N.index_select(0, order_N)
+            code, sorted_values_N = ctx.code, values_N.index_select(0, order_N)
+            sorted_row_N = code.token_by_latent_N if ctx.rows_are_tokens else row_N.index_select(0, order_N)
             grad_decoder_FD = _bag(sorted_row_N, grad_RD, offsets_F, sorted_values_N).to(ctx.weight_dtype)
         return grad_values_N, grad_decoder_FD, None, None, None
 
@@ -174,8 +184,8 @@ class _PreActivations(torch.autograd.Function):
         if (kernels := triton_ops()) is not None:
             grad_encoder_FD, grad_bias_F = kernels.encoder_backward(grad_N, z_BD, code.token_N, order_N, offsets_F)
         else:
-            sorted_token_N, sorted_grad_N = code.token_N.index_select(0, order_N), grad_N.index_select(0, order_N)
-            grad_encoder_FD = _bag(sorted_token_N, z_BD, offsets_F, sorted_grad_N.to(z_BD.dtype))
+            sorted_grad_N = grad_N.index_select(0, order_N).to(z_BD.dtype)
+            grad_encoder_FD = _bag(code.token_by_latent_N, z_BD, offsets_F, sorted_grad_N)
             grad_bias_F = encoder_FD.new_zeros(code.dict_size)
             grad_bias_F.index_add_(0, code.latent_N, grad_N.to(encoder_FD.dtype))
         grad_encoder_FD, grad_bias_F = grad_encoder_FD.to(encoder_FD.dtype), grad_bias_F.to(encoder_FD.dtype)

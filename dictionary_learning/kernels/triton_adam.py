@@ -1,7 +1,7 @@
 """The optimiser step in two passes over the weights: projection, clipping, Adam and renormalisation, in Triton.
 
 In torch these are some 26 passes: the fused Adam alone makes 7, and each of the others reads or writes a whole matrix.
-Pass 1 (`gradient_norms`) reads what the clip has to know, pass 2 (`adam_`) does the rest.  The rules of `triton_ops`
+Pass 1 (`gradient_norm`) reads what the clip has to know, pass 2 (`adam_`) does the rest.  The rules of `triton_ops`
 hold: nothing waits for the device, a run repeats bit for bit.
 
 F rows of a matrix of latents, D columns; R rows of one program.
@@ -20,6 +20,14 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @jit
+def _tile(n_entries, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(row_R, at_RD, live_RD) of a program's rows: where their entries lie, and which there are."""
+    row_R, d_D = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    at_RD = row_R.to(tl.int64)[:, None] * D + d_D[None, :]
+    return row_R, at_RD, (d_D < D)[None, :] & (at_RD < n_entries)
+
+
+@jit
 def _norms_kernel(
     grad_ptr,
     weight_ptr,
@@ -31,9 +39,7 @@ def _norms_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row_R, d_D = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    at_RD = row_R.to(tl.int64)[:, None] * D + d_D[None, :]
-    live_RD = (d_D < D)[None, :] & (at_RD < n_entries)
+    row_R, at_RD, live_RD = _tile(n_entries, D, ROWS, BLOCK_D)
     grad_RD = tl.load(grad_ptr + at_RD, mask=live_RD, other=0).to(tl.float32)
     if weight_ptr is not None:
         weight_RD = tl.load(weight_ptr + at_RD, mask=live_RD, other=0).to(tl.float32)
@@ -74,9 +80,7 @@ def _adam_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row_R, d_D = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    at_RD = row_R.to(tl.int64)[:, None] * D + d_D[None, :]
-    live_RD = (d_D < D)[None, :] & (at_RD < n_entries)
+    row_R, at_RD, live_RD = _tile(n_entries, D, ROWS, BLOCK_D)
     void = tl.load(found_inf_ptr) != 0
     weight_RD = tl.load(weight_ptr + at_RD, mask=live_RD, other=0)
     grad_RD = tl.load(grad_ptr + at_RD, mask=live_RD, other=0).to(tl.float32)
@@ -86,7 +90,7 @@ def _adam_kernel(
         along_R = tl.load(along_ptr + row_R, mask=row_R.to(tl.int64) * D < n_entries, other=0)
         grad_RD -= along_R[:, None] * weight_RD
     if clip_ptr is not None:
-        grad_RD *= tl.load(clip_ptr)
+        grad_RD = tl.div_rn(grad_RD, tl.load(clip_ptr))
     exp_avg_RD = BETA1 * exp_avg_RD + (1 - BETA1) * grad_RD
     exp_avg_sq_RD = BETA2 * exp_avg_sq_RD + (1 - BETA2) * grad_RD * grad_RD
     step_size, root_correction2 = tl.load(scales_ptr), tl.load(scales_ptr + 1)
@@ -113,10 +117,10 @@ def _tiles(x: Tensor, whole_rows: bool) -> tuple[int, int, dict[str, int]]:
 
 
 @on_its_device
-def gradient_norms(
+def gradient_norm(
     grad_FD: Tensor, weight_FD: Tensor | None = None, projection_eps: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """(sum of the squared gradient, fp32 scalar; along_F or None).  Without a weight, any shape.
+    """(norm of the gradient, fp32 scalar; along_F or None).  Without a weight, any shape.
 
     With a weight the gradient is first made orthogonal to its rows, g - along w with along = <g, w> / (|w| + eps)^2,
     but not written: `adam_` takes along_F.  Reads 4 F D bytes, 8 with a weight.
@@ -126,7 +130,7 @@ def gradient_norms(
     along_F = None if weight_FD is None else grad_FD.new_empty(len(grad_FD), dtype=torch.float32)
     squares = grad_FD.new_empty(programs, dtype=torch.float32)
     _norms_kernel[(programs,)](*(grad_FD, weight_FD, along_F, squares, grad_FD.numel(), width, projection_eps), **meta)
-    return squares.sum(), along_F
+    return squares.sum().sqrt(), along_F
 
 
 @on_its_device
@@ -140,12 +144,12 @@ def adam_(
     lr: float | Tensor,
     betas: tuple[float, float],
     found_inf: Tensor,
-    scale: Tensor | None = None,
+    divisor: Tensor | None = None,
     along_F: Tensor | None = None,
     renorm_eps: float | None = None,
     eps: float = 1e-8,
 ) -> None:
-    """One step of `torch.optim.Adam(fused=True)`, in place, on the gradient scale (g - along w); `grad` stays.
+    """One step of `torch.optim.Adam(fused=True)`, in place, on the gradient (g - along w) / divisor; `grad` stays.
 
     All of one shape, contiguous; weights, moments and the scalars `step` and `found_inf` in fp32.  Where `found_inf` is
     not 0, weight and moments stay as they were.  `step` counts this step already.  Afterwards, in either case, rows are
@@ -165,7 +169,7 @@ def adam_(
         num_warps=1,
     )
     _adam_kernel[(programs,)](
-        *(weight, grad, exp_avg, exp_avg_sq, along_F, scale, found_inf, scales, weight.numel(), width),
+        *(weight, grad, exp_avg, exp_avg_sq, along_F, divisor, found_inf, scales, weight.numel(), width),
         *(eps, renorm_eps or 0.0),
         BETA1=betas[0],
         BETA2=betas[1],

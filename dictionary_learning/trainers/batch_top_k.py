@@ -27,17 +27,18 @@ class BatchTopKTrainer(TopKTrainer):
         self.guess: Tensor | None = None
 
     def select(self, x_BD: Tensor) -> Features:
-        ae = self.ae
-        n = self.k * len(x_BD)
-        return encode_batch_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard)
+        ae, n = self.ae, self.k * len(x_BD)
+        return encode_batch_topk(
+            x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard, self.screened
+        )
 
     def fired(self, f: Features) -> Tensor:
         return f.fired()
 
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the smallest positive activation of the batch; +inf where there is none."""
-        return out.f.smallest_of_token().amin()
+        return out.f.smallest()
 
     def note_smallest(self, step: int, least: Tensor) -> None:
         super().note_smallest(step, least)
-        self.guess = torch.where(least.isfinite(), 0.95 * least, 0)
+        self.guess = torch.where(least < torch.inf, 0.95 * least, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import WHOLE, Shard
+from ..kernels.adam import norm_of
 from ..kernels.backend import optimizer
 
 # parameters that keep the reference's (D, F) shape; every matrix lies in memory as one contiguous row per latent
@@ -25,6 +26,11 @@ def as_rows(name: str, parameter: Tensor) -> Tensor:
 def latent_dim(name: str) -> int | None:
     """The dimension of a parameter that counts latents."""
     return None if name in REPLICATED else int(name in TRANSPOSED)
+
+
+def is_not_finite(value: Tensor) -> Tensor:
+    """In two operations: what is infinite less itself is NaN, and NaN is not 0."""
+    return value - value != 0
 
 
 @dataclass(frozen=True)
@@ -74,28 +80,28 @@ class ConstrainedAdam(nn.Module):
         true nothing moves: the device sees to it, and the host does not have to look.
         """
         with_grad = [(name, parameter) for name, parameter in ae.named_parameters() if parameter.grad is not None]
-        # of what every process has alike, and of this process's latents
-        shared_square, own_square = loss.new_zeros((), dtype=torch.float32), loss.new_zeros((), dtype=torch.float32)
         kernels, along = optimizer(), {}
+        norms: dict[bool, list[Tensor]] = {True: [], False: []}  # of what every process has alike, and of latents
         for name, parameter in with_grad:
             assert parameter.grad is not None
             if name in REPLICATED:
                 parameter.grad = self.shard.sum(parameter.grad)
             constrained = self.unit_norm is not None and name in DECODERS
-            square, along[name] = kernels.gradient_norms(
+            norm, along[name] = kernels.gradient_norm(
                 as_rows(name, parameter.grad),
                 as_rows(name, parameter) if constrained else None,
                 self.unit_norm.projection_eps if self.unit_norm else 0.0,
             )
-            if name in REPLICATED:
-                shared_square += square
-            else:
-                own_square += square
-        grad_norm = (shared_square + self.shard.sum(own_square)).sqrt()
-        stopped.logical_or_(~torch.isfinite(loss + grad_norm))
+            norms[name in REPLICATED].append(norm)
+        if self.shard.size > 1:
+            norms[False] = [self.shard.sum(norm_of(norms[False]).square()).sqrt()]
+        grad_norm = norm_of(norms[True] + norms[False])
+        stopped.logical_or_(is_not_finite(loss + grad_norm))
         found_inf = stopped.float()
-        self.steps += 1 - found_inf
-        scale = None if self.max_grad_norm is None else (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        self.steps += ~stopped
+        divisor = None
+        if self.max_grad_norm is not None:
+            divisor = ((grad_norm + 1e-6) / self.max_grad_norm).clamp_(min=1.0).float()
         for name, parameter in with_grad:
             assert parameter.grad is not None
             kernels.adam_(
@@ -106,7 +112,7 @@ class ConstrainedAdam(nn.Module):
                 lr=lr,
                 betas=self.betas,
                 found_inf=found_inf,
-                scale=scale,
+                divisor=divisor,
                 along_F=along[name],
                 renorm_eps=self.unit_norm.renorm_eps if self.unit_norm and name in DECODERS else None,
             )

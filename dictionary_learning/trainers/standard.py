@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from ..dictionary import AutoEncoder
 from ..kernels import Features, encode_above
@@ -39,7 +40,7 @@ class StandardConfig(StandardAprilConfig):
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     """Summed over D, mean over B."""
-    return (x_BD - x_hat_BD).pow(2).sum(dim=-1).mean()
+    return mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
 
 
 class ReLUTrainer(SparseTrainer):

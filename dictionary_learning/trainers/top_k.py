@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
-from ..kernels import Features, encode_topk
+from ..kernels import Features, encode_topk, screen
 from .standard import squared_error
 from .trainer import LossOutput, SAETrainer, Terms, TrainerConfig, UnitNorm
 
@@ -84,6 +84,8 @@ class TopKTrainer(SAETrainer):
         super().__init__(**settings)
         self.k = self.cfg.k  # beside the buffer, so that no step reads it from the device
         self.top_k_aux = self.cfg.activation_dim // 2  # appendix B.1
+        # whether products in bf16 precede those in fp32; part of the state, since values differ in the last bits
+        self.screened = False
         # n_tokens, and what `_count_silent` says of them
         self._silent: tuple[int, Callable[[], list[int]]] | None = None
 
@@ -92,14 +94,18 @@ class TopKTrainer(SAETrainer):
         return dict_class(self.cfg.activation_dim, self.cfg.dict_size, k=self.cfg.k, generator=self.generator)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, x_BD: Tensor) -> None:
-        self.ae.b_dec.data = geometric_median(x_BD.float()).to(self.ae.b_dec.dtype)
+        median_D = geometric_median(x_BD.float())
+        # a batch that is not finite will stop the SAE, whose weights should not say so
+        self.ae.b_dec.data = torch.where(median_D.isfinite().all(), median_D, 0).to(self.ae.b_dec.dtype)
+        if self.device.type == "cpu" and x_BD.dtype == torch.float32:
+            self.screened = screen.pays(len(x_BD), self.cfg.activation_dim, len(self.ae.encoder_FD), self.k)
 
     # -- what distinguishes the family's members
 
     def select(self, x_BD: Tensor) -> Features:
         """The features that take part in the reconstruction."""
         ae = self.ae
-        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard)
+        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard, self.screened)
 
     def fired(self, f: Features) -> Tensor:
         """Bool (F,): the latents that count as active, here every selected one, even at zero."""
@@ -110,7 +116,7 @@ class TopKTrainer(SAETrainer):
     def smallest_active(self, out: LossOutput) -> Tensor:
         """Scalar: the mean over tokens of the smallest positive activation; +inf where no token has one."""
         least_B = out.f.smallest_of_token()
-        active_B = least_B.isfinite()
+        active_B = least_B < torch.inf
         mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
         return torch.where(active_B.any(), mean, torch.inf)
 
@@ -161,7 +167,7 @@ class TopKTrainer(SAETrainer):
         x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD.index_select(0, latent_A).T))
         residual_BD = (x_BD - x_hat_BD).detach()
         error = squared_error(residual_BD.float(), x_aux_BD.float())
-        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float())
+        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float().expand_as(residual_BD))
         loss, some = (error / variance).nan_to_num(0.0), n_dead > 0
         return torch.where(some, loss, 0), torch.where(some, error.detach(), -1), n_dead
 
@@ -195,7 +201,7 @@ class TopKTrainer(SAETrainer):
         threshold, beta, last = self.ae.threshold, self.cfg.threshold_beta, step == self.cfg.steps - 1
         if step > self.cfg.threshold_start_step or last:
             moved = torch.where(threshold < 0, least, beta * threshold + (1 - beta) * least)
-            threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # nothing active says nothing
+            threshold.copy_(torch.where(least < torch.inf, moved, threshold))  # nothing active says nothing
         if last:  # however short or empty the run, what is saved has a threshold
             threshold.clamp_(min=0)
 
@@ -204,8 +210,8 @@ class TopKTrainer(SAETrainer):
         return {**super().config, "k": self.k, "target_k": self.cfg.k, "top_k_aux": self.top_k_aux}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "k": self.k}
+        return {**super().get_extra_state(), "k": self.k, "screened": self.screened}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        self.k, self._silent = state["k"], None
+        self.k, self.screened, self._silent = state["k"], state.get("screened", False), None

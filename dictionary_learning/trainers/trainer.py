@@ -185,7 +185,7 @@ class SAETrainer(nn.Module):
 
     def silent_tokens(self, fired_F: Tensor, n_tokens: int) -> Tensor:
         """For each latent, the tokens of training since it last fired, this batch of `n_tokens` included."""
-        return torch.where(fired_F, 0, self.num_tokens_since_fired + n_tokens)
+        return (self.num_tokens_since_fired + n_tokens).masked_fill_(fired_F, 0)
 
     def dead_features(self) -> Tensor:
         """Number of latents silent for `dead_feature_threshold` tokens or more."""

@@ -3,13 +3,16 @@
 import copy
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from dictionary_learning.formats import load_dictionary
 from dictionary_learning.trainers import BatchTopKTrainer, StandardTrainer
-from dictionary_learning.training import signals_noted, trainSAE
+from dictionary_learning.training import Loop, choose_workers, make_runs, signals_noted, trainSAE, workers_pool
 
 D, F, B, STEPS = 8, 32, 64, 50
 COMMON = {"steps": STEPS, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "lr": 1e-2,
@@ -68,3 +71,83 @@ def test_the_first_interrupt_is_noted_and_the_second_acts_at_once():
             assert noted == ["SIGTERM", "SIGINT"]
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def trained(workers: int, tmp_path, steps: int = STEPS, state=None) -> Loop:
+    """The loop of six SAEs after so many steps."""
+    configs = [{**config, "seed": seed} for config in CONFIGS for seed in range(3)]
+    runs = make_runs(configs, [tmp_path / f"{workers}_{i}" for i in range(6)], lambda layer: {})
+    batches = ({0: x_BD} for x_BD in Batches(STEPS))
+    loop = Loop(runs, batches, {0: 1.0}, STEPS, log_steps=7, show_progress=False, workers=workers)
+    if state is not None:
+        loop.load_state_dict(state)
+    loop.steps = steps
+    loop.train()
+    return loop
+
+
+def test_saes_that_are_stepped_side_by_side_have_the_bits_and_logs_of_one_after_another(tmp_path):
+    loops = [trained(workers, tmp_path) for workers in (1, 2, 5)]
+    for runs in zip(*(loop.runs for loop in loops), strict=True):
+        states = [run.trainer.ae.state_dict() for run in runs]
+        assert all(states[0][name].equal(state[name]) for state in states for name in state)
+        logs = {run.metrics_file.read_text() for run in runs}
+        assert len(logs) == 1 and len(logs.pop().splitlines()) == 8
+
+
+def test_a_resumed_loop_steps_saes_as_it_did_before(tmp_path):
+    """As many threads in an operation, since more would add up parts of sums."""
+    for before, now, then in [(1, 2, 1), (2, 1, 2), (2, 5, 5)]:
+        state = trained(before, tmp_path, 3).state_dict()
+        assert trained(now, tmp_path, 4, state).workers == then
+
+
+def test_an_sae_that_fails_beside_others_stops_alone(tmp_path):
+    runs = make_runs(CONFIGS, [tmp_path / "0", tmp_path / "1"], lambda layer: {})
+    with torch.no_grad():
+        runs[0].trainer.ae.encoder.weight[0, 0] = torch.inf
+    Loop(runs, ({0: x} for x in Batches(STEPS)), {0: 1.0}, STEPS, show_progress=False, workers=2).train()
+    assert runs[0].failure is not None and runs[1].failure is None
+
+
+def test_each_worker_has_one_thread_and_the_others_keep_theirs():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with workers_pool(2) as pool:
+            together = threading.Barrier(2)
+            assert set(pool.map(lambda _: (together.wait(), torch.get_num_threads())[1], range(2))) == {1}
+            with ThreadPoolExecutor() as other:
+                assert other.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("slow, workers", [("side by side", 1), ("one after another", 2)])
+def test_the_faster_way_is_chosen_and_nothing_of_the_run_is_touched(slow, workers, monkeypatch):
+    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+    update, seconds = BatchTopKTrainer.update, [0]
+
+    def slowly(self, step, x_BD):
+        seconds[0] += 1 + ((torch.get_num_threads() == 1) == (slow == "side by side"))
+        return update(self, step, x_BD)
+
+    monkeypatch.setattr(BatchTopKTrainer, "update", slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+    try:
+        torch.set_num_threads(2)
+        assert choose_workers(CONFIGS[:1] * 3, B, torch.float32, "cpu") == workers
+        assert torch.get_num_threads() == 2 and torch.get_rng_state().equal(generator)
+        large = [{**CONFIGS[0], "activation_dim": 2**12, "dict_size": 2**16}] * 3
+        for configs, device in ((CONFIGS[:1], "cpu"), (CONFIGS, "cuda"), (large, "cpu")):
+            assert choose_workers(configs, B, torch.float32, device) == 1
+        torch.set_num_threads(1)
+        assert choose_workers(CONFIGS, B, torch.float32, "cpu") == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_activations_that_are_all_zero_are_refused(config):
+    with pytest.raises(ValueError, match="all activations are zero"):
+        trainSAE(iter([torch.zeros(B, D)] * STEPS), [config], STEPS, verbose=False)

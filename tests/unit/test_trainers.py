@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from demo_config import ARCHITECTURES, DEFAULTS
 from dictionary_learning import trainers
 from dictionary_learning.dictionary import TopKDictionary
+from dictionary_learning.kernels import screen
 from dictionary_learning.sweep import Sweep, get_trainer_configs
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer, top_k
 from dictionary_learning.trainers import trainer as trainer_module
@@ -415,3 +416,69 @@ def test_a_grid_that_has_a_value_twice_is_refused(name):
     sweep = dataclasses.replace(SWEEP, **{name: [*values, values[0] + 1, float(values[0])]})
     with pytest.raises(ValueError, match=f"--{name} has a value twice"):
         get_trainer_configs(sweep, ARCHITECTURES, "m", 0, D, "cpu")
+
+
+@pytest.mark.parametrize("name", TOPK_FAMILY)
+def test_a_screened_step_is_that_of_fp32(name, monkeypatch):
+    """It learns the same, its metrics' form is part of the state, and bf16 is screened with where it pays alone."""
+    trained = {}
+    for screened in (False, True):
+        monkeypatch.setattr(screen, "pays", lambda *shape, screened=screened: screened)
+        trained[screened] = make(name)
+        train(trained[screened], batches(STEPS))
+        assert trained[screened].screened == screened
+        resumed = make(name)
+        resumed.load_state_dict(trained[screened].state_dict())
+        assert resumed.screened == screened
+    for one, two in zip(*(trainer.ae.parameters() for trainer in trained.values()), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0.0, torch.nan])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_stay_finite_whatever_the_first_batches_are(name, first):
+    trainer = make(name)
+    train(trainer, [torch.full((B, D), first)] * 3)
+    assert bool(trainer.stopped) == (first != 0)
+    assert all(parameter.isfinite().all() for parameter in trainer.ae.parameters())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a step asks of a device: every operation but those that only look at a tensor in another way."""
+
+    VIEWS = {"alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "squeeze", "t"} | {
+        "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function.overloadpacket.__name__ not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+OPERATIONS = {  # of a sparse step: on the CPU, and on the way that a GPU takes
+    "p_anneal": (89, 92),
+    "standard": (83, 86),
+    "standard_new": (86, 89),
+    "gated": (117, 120),
+    "top_k": (100, 102),
+    "batch_top_k": (107, 98),
+    "matryoshka_batch_top_k": (153, 144),
+    "jump_relu": (138, 141),
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a gpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_takes_no_more_operations_than_before(name, gpu, monkeypatch, as_on_a_gpu):
+    """Each costs a launch, and on the CPU a wait for all threads.  Where there are fewer, write the new number down."""
+    if gpu:
+        as_on_a_gpu()
+    monkeypatch.setattr(trainer_module, "SPARSE_BELOW", {"cpu": 1.1})
+    trainer, data = make(name, threshold_start_step=3) if name in TOPK_FAMILY else make(name), batches(7)
+    train(trainer, data[:6])
+    with Operations() as operations:
+        trainer.update(6, data[6])
+    assert operations.n == OPERATIONS[name][gpu]

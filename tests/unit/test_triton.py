@@ -188,7 +188,7 @@ import torch, triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from dictionary_learning.kernels.triton_adam import adam_, gradient_norms
+from dictionary_learning.kernels.triton_adam import adam_, gradient_norm
 from dictionary_learning.kernels.triton_ops import (
     decode, decoder_backward, encoder_backward, select_batch_topk, select_topk
 )
@@ -227,10 +227,10 @@ for dtype in (torch.float32, torch.bfloat16):
             decoder_backward(*operands)
             encoder_backward(operands[0], *operands[2:])
             if dtype == torch.float32:
-                _, along_F = gradient_norms(weight, weight, 0.0)
-                constrained = dict(scale=one, along_F=along_F, renorm_eps=0.0)
+                _, along_F = gradient_norm(weight, weight, 0.0)
+                constrained = dict(divisor=one, along_F=along_F, renorm_eps=0.0)
                 adam_(weight, weight, weight, weight, one, lr=one, betas=(0.9, 0.999), found_inf=one, **constrained)
-                gradient_norms(bias, None)
+                gradient_norm(bias, None)
                 adam_(bias, bias, bias, bias, one, lr=1e-3, betas=(0.0, 0.999), found_inf=one)
     pre_BF = zeros(4, 16384)
     with Record():
