@@ -4,8 +4,8 @@
 
 Prints a line for each type and variant. Exact means: activations are those of a plain forward hook, a truncated load
 has the whole model's, running on from a layer is running the model with that block's output replaced, a later token
-changes nothing before it, the context limit can be run at, all this in bf16 too. "wrong" is anything else but a
-ValueError.
+changes nothing before it, the context limit can be run at. "wrong" is anything else but a ValueError, "no model" a
+configuration that transformers makes no model of.
 """
 
 import argparse
@@ -116,7 +116,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32"], MLA),
     **dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa"], MLA),
     "glm_moe_dsa indices shared": {"indexer_types": ["full", "full", "shared", "shared"]},
-    "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2, "unpadded_vocab_size": V},
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe"], {"head_dim": 8}),
     "cohere_compass_text": {
         "rope_parameters": {
@@ -128,8 +128,8 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D},
-    "dots3_note_audio_encoder": {"adapter_input_size": D},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": D, "adapter_out_dim": D},
+    "dots3_note_audio_encoder": {"adapter_input_size": D, "adapter_out_dim": D},
     "dots3_note_text": DOTS3,
     "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gemma3n_text": {
@@ -149,10 +149,12 @@ OWN: dict[str, dict[str, Any]] = {
         **{"heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8},
     },
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 6], "is_decoder": True},
+    "rwkv halved": {"rescale_every": 2},
     "xmod": {"default_language": "en_XX"},
     **dict.fromkeys(["zamba", "zamba2"], ZAMBA),
     "zaya": {"num_experts_per_tok": 1},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_ssm": 2 * D, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 
@@ -311,16 +313,15 @@ def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 make().save_pretrained(whole)
             model = AutoModelForCausalLM.from_pretrained(whole).eval()
-            with torch.no_grad():
-                model(
-                    torch.arange(20, 26).view(2, 3), attention_mask=torch.ones(2, 3, dtype=torch.long), use_cache=False
-                )
             tokenizer().save_pretrained(whole)
             has_base = model.base_model is not model
             if has_base:
                 model.base_model.save_pretrained(base)
                 tokenizer().save_pretrained(base)
                 (base / "config.json").write_bytes((whole / "config.json").read_bytes())
+            tokens_BL = torch.arange(20, 26).view(2, 3)
+            with torch.no_grad():
+                model(tokens_BL, attention_mask=torch.ones_like(tokens_BL), use_cache=False)
         except Exception as error:
             return (label, *not_made(make(), whole, error))
         try:

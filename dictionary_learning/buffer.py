@@ -19,9 +19,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .data import MARK
 from .world import World
 
-MARK = 2  # in a mask of positions
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
 
 
@@ -73,7 +73,8 @@ def position_mask(
     keep_BL = keep_BL & finite_BL
     sums = [part_BL.sum() for part_BL in (text_BL, ~text_BL, text_BL ^ inner_BL, inner_BL ^ finite_BL)]
     counts = torch.stack([*sums, (finite_BL ^ keep_BL).sum()]).tolist()
-    return keep_BL, dict(zip(("tokens", "padding", "bos", "nonfinite", "outliers"), counts, strict=True))
+    names: list[str] = ["tokens", "padding", "bos", "nonfinite", "outliers"]
+    return keep_BL, dict(zip(names, counts, strict=True))
 
 
 # what to do where a dtype's range is too small for a model
@@ -146,7 +147,7 @@ class ActivationSource:
         self.shards, self.lm, self.layers, self.readers, self.world = shards, lm, layers, readers, world
         self.device, self.mask, self.max_norm_multiple = device, mask, max_norm_multiple
         # equal on all ranks, except for the seconds
-        self.counts = dict.fromkeys(self.COUNTS, 0)
+        self.counts: dict[str, int] = dict.fromkeys(self.COUNTS, 0)
         self.seconds = {"text": 0.0, "llm": 0.0} | ({"exchange": 0.0} if world.size > 1 else {})
         self.llm_batch_halvings = 0
         self.llm_batch_size = self.context_length = 0  # the largest seen
@@ -347,7 +348,7 @@ class ActivationSource:
         seconds = self.seconds
         for name in self._PLAIN_STATE:
             setattr(self, name, deepcopy(state["source"][name]))
-        self.counts = dict.fromkeys(self.COUNTS, 0) | self.counts  # a state of before something was counted
+        self.counts = {name: self.counts.get(name, 0) for name in self.COUNTS}  # of an older state too
         self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
         self._put_back.clear()
         self._ended = [False] * len(self.shards)  # there may be more text by now

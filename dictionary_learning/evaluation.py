@@ -39,25 +39,6 @@ Results = dict[str, Any]
 Text = tuple[Tensor, Tensor]  # tokens_BL, mask_BL
 
 
-def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `data.open_batches` for the text on which a run is evaluated; tokenizer and batches aside.
-
-    settings: of its run.json. Evaluation text is drawn from all of the text. Where the settings of an older run say
-    nothing of a split or a column for evaluation, they are those of training; the subset too, if the text is the
-    held-out part of the training set. What they lack altogether is left to `open_batches`.
-    """
-    held_out = settings["eval_is_held_out"]
-    before = {"split": "split", "text_column": "text_column"} | ({"subset": "subset"} if held_out else {})
-    names = {argument: f"eval_{argument}" for argument in ("dataset", "split", "subset", "text_column")}
-    names = {argument: name if name in settings else before.get(argument) for argument, name in names.items()}
-    names |= {"mixed": "mixed_dataset", "chat_pack": "pack_chats"}
-    same = "context_length prepend_bos exclude_special_tokens skip_damaged".split()
-    names |= {name: name for name in [*same, "chat_dataset", "chat_split", "chat_subset", "chat_fraction"]}
-    given = {argument: settings[name] for argument, name in names.items() if name in settings}
-    fixed = {"held_out": held_out or None, "chat_held_out": True, "shuffle": True}
-    return given | fixed | {"seed": settings.get("random_seeds", [0])[0]}
-
-
 class Evaluation(NamedTuple):
     """What `evaluate_saes` says about one SAE."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .files import read_json
-from .plotting import SAERecord, read_runs, setting_text, settings_that_vary
+from .plotting import SAERecord, read_runs
 
 CARD_MARK = "<!-- dictionary_learning: an upload renews the section of its run; the rest of this file is yours -->"
 METADATA = {
@@ -145,9 +145,15 @@ def _name(run_folder: Path, record: SAERecord) -> str:
     return f"`{record.folder.relative_to(run_folder).as_posix()}`"
 
 
+def settings_that_vary(records: Sequence[SAERecord]) -> dict[str, str]:
+    """Of the settings without a column of their own, those in which the SAEs differ: {key of config.json: heading}."""
+    headings = {"seed": "seed", "lr": "learning rate"}
+    return {key: heading for key, heading in headings.items() if len({r.trainer.get(key) for r in records}) > 1}
+
+
 def _tables(run_folder: Path, records: list[SAERecord]) -> list[str]:
     """Settings and measurements, a table for each layer's folder."""
-    varying = settings_that_vary([record.trainer for record in records])
+    varying = settings_that_vary(records)
     headings = ["SAE", "architecture", "width", "setting", *varying.values()]
     headings += [heading for heading, _ in COLUMNS.values()]
     tables: dict[Path, list[list[str]]] = {}
@@ -156,7 +162,7 @@ def _tables(run_folder: Path, records: list[SAERecord]) -> list[str]:
         numbers = [
             format(record.results[key], form) if key in record.results else "–" for key, (_, form) in COLUMNS.items()
         ]
-        own = [setting_text(record.trainer.get(key)) for key in varying]
+        own = [f"{record.trainer[key]:g}" if record.trainer.get(key) is not None else "–" for key in varying]
         row = [f"`{record.folder.name}`", record.style.label, f"{record.width:,}", setting, *own, *numbers]
         tables.setdefault(record.folder.parent, []).append(row)
     ruler = ["---"] * 2 + ["---:"] * (len(headings) - 2)

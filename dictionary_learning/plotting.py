@@ -128,17 +128,6 @@ def read_runs(run_folders: Iterable[str | Path]) -> tuple[list[SAERecord], list[
     return records, problems
 
 
-def settings_that_vary(trainers: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of the settings that no table shows otherwise, those that differ between SAEs: {key of config.json: heading}."""
-    headings = {"seed": "seed", "lr": "learning rate"}
-    return {key: heading for key, heading in headings.items() if len({t.get(key) for t in trainers}) > 1}
-
-
-def setting_text(value: Any) -> str:
-    """Such a setting in a cell of a table."""
-    return f"{value:g}" if _is_number(value) else "–"
-
-
 def plot_pareto(run_folders: Iterable[str | Path], path: str | Path) -> list[str]:
     """Draw loss recovered against L0 for all SAEs in the run folders into the file `path` (png, pdf or svg).
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ class Pretrained:
         self.name, self.source = name, str(BUILT_IN.get(name, name))
         self.is_folder = Path(self.source).is_dir()
         offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
+        if offline:
+            _say_offline(name)
         self.options: dict[str, Any] = {
             # resolved once, so that all files are of one commit
             "revision": resolve_revision(self.source, revision, local_files_only=offline),
@@ -36,7 +40,7 @@ class Pretrained:
 
     def file(self, filename: str) -> Path | None:
         """The file on this machine, downloaded if need be; None where the model has none of that name."""
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(
             self.source,
@@ -52,6 +56,20 @@ class Pretrained:
     def one_sentence(self) -> AbstractContextManager[None]:
         return one_sentence(self.name, self.options["local_files_only"])
 
+    def _filenames(self) -> list[str]:
+        """All that there are; none where they cannot be listed, for a reason that loading the model will tell."""
+        if self.is_folder:
+            return [path.name for path in Path(self.source).iterdir()]
+        if self.options["local_files_only"]:
+            return []
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return HfApi().list_repo_files(self.source, revision=self.options["revision"])
+        except (HfHubHTTPError, HFValidationError):
+            return []
+
     def check_kind(self) -> None:
         """Raises ValueError for what is no model of transformers though it is shared like one: adapters and GGUF."""
         is_gguf = self.source.lower().endswith(".gguf")
@@ -61,18 +79,34 @@ class Pretrained:
             what = "a PEFT adapter (LoRA) lies beside the model" if config else "it is a PEFT adapter (LoRA), no model"
             advice = "merge it into its base model (merge_and_unload of peft), save that and name its folder"
             raise ValueError(f"cannot load {self.name!r}: {what}; {advice}")
-        if config is None and (is_gguf or (self.is_folder and any(Path(self.source).glob("*.gguf")))):
+        if config is None and (is_gguf or any(name.endswith(".gguf") for name in self._filenames())):
             advice = "name the model that it was converted from, a folder with config.json and safetensors"
             raise ValueError(f"cannot load {self.name!r}: GGUF files cannot be read; {advice}")
 
 
 @contextmanager
 def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
-    """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do."""
+    """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do.
+
+    A want of memory is no fault of the model, and goes on as it is.
+    """
+    from torch import OutOfMemoryError
+
     try:
         yield
+    except (MemoryError, OutOfMemoryError):
+        raise
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(f"cannot load {name!r}: {_why(error, name, offline).rstrip('.')}") from error
+
+
+@cache
+def _say_offline(name: str) -> None:
+    """Once for each model, as files of the cache may be older than those of the Hub."""
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode():
+        sys.stderr.write(f"the Hub cannot be reached: {name} is looked for in the local cache\n")
 
 
 def _is_repo_id(name: str) -> bool:

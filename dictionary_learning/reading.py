@@ -1,7 +1,9 @@
 """Which language model reads which text: all that an evaluation depends on beside the SAE, and how both are opened."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,31 @@ from .data import Source, open_batches, overlap
 from .model import LanguageModel, generation_eos_ids, load_model, model_identity, text_marks
 from .sweep import EVALUATION_SETTINGS, Options, Sweep
 from .world import World
+
+
+def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `data.open_batches` for the text on which a run is evaluated; tokenizer and batches aside.
+
+    settings: of its run.json. Evaluation text is drawn from all of the text. Where the settings of an older run say
+    nothing of a split or a column for evaluation, they are those of training; the subset too, if the text is the
+    held-out part of the training set. What they lack altogether is left to `open_batches`.
+    """
+    held_out = settings["eval_is_held_out"]
+    before = {"split": "split", "text_column": "text_column"} | ({"subset": "subset"} if held_out else {})
+    names = {argument: f"eval_{argument}" for argument in ("dataset", "split", "subset", "text_column")}
+    names = {argument: name if name in settings else before.get(argument, "") for argument, name in names.items()}
+    names |= {"mixed": "mixed_dataset", "chat_pack": "pack_chats"}
+    same = "context_length prepend_bos exclude_special_tokens skip_damaged".split()
+    names |= {name: name for name in [*same, "chat_dataset", "chat_split", "chat_subset", "chat_fraction"]}
+    given = {argument: settings[name] for argument, name in names.items() if name in settings}
+    fixed = {"held_out": held_out or None, "chat_held_out": True, "shuffle": True}
+    return given | fixed | {"seed": settings.get("random_seeds", [0])[0]}
+
+
+def run_record(sae_folder: Path) -> Path | None:
+    """The run.json of an SAE's run, which lies in the folder of its layer's folder; None where there is none."""
+    places = [path / "run.json" for path in (sae_folder.absolute(), *sae_folder.absolute().parents[:2])]
+    return next((place for place in places if place.is_file()), None)
 
 
 @dataclass
@@ -25,7 +52,8 @@ class Reading:
         """The text without its chats."""
         sweep = self.sweep
         if evaluation:
-            return Source(sweep.eval_dataset, sweep.eval_split, sweep.eval_subset, sweep.eval_text_column)
+            column = sweep.eval_text_column or sweep.text_column
+            return Source(sweep.eval_dataset, sweep.eval_split or sweep.split, sweep.eval_subset, column)
         return Source(sweep.dataset, sweep.split, sweep.subset, sweep.text_column)
 
     @cached_property
@@ -60,31 +88,20 @@ class Reading:
 
     def open_text(self, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:
         """Batches of contexts, for training or for evaluation, which is drawn from all of its text."""
-        sweep, source = self.sweep, self.source(evaluation)
+        sweep = self.sweep
+        if evaluation:
+            text = evaluation_text(vars(sweep) | {"eval_is_held_out": self.held_out})
+            batch_size = sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)
+        else:
+            same = "dataset split subset text_column context_length prepend_bos exclude_special_tokens skip_damaged"
+            same += " epochs shuffle chat_dataset chat_split chat_subset chat_fraction"
+            text = {name: getattr(sweep, name) for name in same.split()}
+            text |= {
+                "held_out": False if self.held_out else None,
+                "chat_held_out": False,
+                "seed": sweep.random_seeds[0],
+            }
+            text |= {"mixed": sweep.mixed_dataset, "chat_pack": sweep.pack_chats}
+            batch_size = sweep.llm_batch_size
         marks = text_marks(tokenizer, generation_eos_ids(self.options.model_name, self.options.revision))
-        eval_batch_size = sweep.eval_batch_size or max(sweep.llm_batch_size // 4, 1)
-        return open_batches(
-            source.dataset,
-            tokenizer,
-            context_length=sweep.context_length,
-            batch_size=eval_batch_size if evaluation else sweep.llm_batch_size,
-            text_column=source.text_column,
-            split=source.split,
-            subset=source.subset,
-            held_out=evaluation if self.held_out else None,
-            epochs=1 if evaluation else sweep.epochs,
-            mixed=sweep.mixed_dataset,
-            chat_dataset=sweep.chat_dataset,
-            chat_split=sweep.chat_split,
-            chat_subset=sweep.chat_subset,
-            chat_held_out=evaluation,
-            chat_fraction=sweep.chat_fraction,
-            chat_pack=sweep.pack_chats,
-            marks=marks,
-            prepend_bos=sweep.prepend_bos,
-            exclude_special_tokens=sweep.exclude_special_tokens,
-            shuffle=evaluation or sweep.shuffle,
-            skip_damaged=sweep.skip_damaged,
-            seed=sweep.random_seeds[0],
-            shard=shard,
-        )
+        return open_batches(tokenizer=tokenizer, batch_size=batch_size, marks=marks, shard=shard, **text)

@@ -30,12 +30,12 @@ from tqdm import tqdm
 from dictionary_learning.buffer import Mask, position_mask
 from dictionary_learning.data import BUILT_IN, EVAL_DATASET, open_batches
 from dictionary_learning.dictionary import Dictionary
-from dictionary_learning.evaluation import evaluation_text
 from dictionary_learning.files import read_json, write_atomic
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
+from dictionary_learning.reading import evaluation_text, run_record
 from dictionary_learning.tokenizer import TextMarks
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -419,7 +419,7 @@ def write_reports(
             if not all(weights.isfinite().all() for weights in ae.parameters()):
                 raise ValueError("it has weights that are not finite")
             lm_name = str(config["trainer"].get("lm_name") or "")
-            groups.setdefault((_run_record(path), lm_name), []).append((path, ae, config))
+            groups.setdefault((run_record(path), lm_name), []).append((path, ae, config))
         except (ValueError, OSError) as error:
             warnings.warn(f"no report of {path}: {error}", stacklevel=2)
     if not groups:
@@ -470,12 +470,6 @@ def _write_pages(
         write_atomic(subject.folder / "report.html", page.encode())
         pages.append(subject.folder / "report.html")
     return pages
-
-
-def _run_record(sae_folder: Path) -> Path | None:
-    """The run.json of an SAE's run, which lies in the folder of its layer's folder; None where there is none."""
-    places = [path / "run.json" for path in (sae_folder.absolute(), *sae_folder.absolute().parents[:2])]
-    return next((place for place in places if place.is_file()), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

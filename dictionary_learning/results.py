@@ -19,7 +19,7 @@ from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
 from .model import LanguageModel
-from .reading import Reading
+from .reading import Reading, run_record
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
 
@@ -45,13 +45,8 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
     found = find_saes(name)
     if not found:
         raise ValueError(f"there is no SAE in {name}.")
-    return [Named(str(folder), folder, run_settings(folder)) for folder in found]
-
-
-def run_settings(folder: Path) -> dict[str, Any]:
-    """The settings in the run.json of an SAE's run; {} where there is none."""
-    places = [path / "run.json" for path in (folder.absolute(), *folder.absolute().parents[:2])]
-    return next((read_json(place).get("settings", {}) for place in places if place.is_file()), {})
+    records = [(folder, run_record(folder)) for folder in found]
+    return [Named(str(folder), folder, read_json(record)["settings"] if record else {}) for folder, record in records]
 
 
 @dataclass

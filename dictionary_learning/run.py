@@ -26,9 +26,9 @@ from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memo
 from .reading import Reading
 from .results import RESULTS, Named, evaluate, find_named
 from .state import SavedState, load_state, save_state
-from .sweep import ENDED_EARLY, INTERRUPTED, Architecture, Options, Sweep
+from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
-from .training import Interrupted, Loop, TextEndedError, make_runs, step_microseconds
+from .training import Interrupted, Loop, TextEndedError, choose_workers, make_runs, step_microseconds
 from .world import World, job, restarted, spread
 
 
@@ -55,6 +55,7 @@ def prepare_folder(plan: Plan) -> dict[str, Any]:
     if not record.exists():
         content = {
             "run_id": uuid.uuid4().hex,
+            "overwrite": plan.options.overwrite,  # of the Hub's copy too
             "settings": plan.settings(),
             "command": shlex.join(["python", *plan.options.command]),
             "versions": versions(),
@@ -183,6 +184,10 @@ def train(
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
+    autocast = getattr(torch, plan.autocast)
+    workers = sweep.sae_threads or choose_workers(
+        [plan.configs[i] for i in mine], sweep.sae_batch_size, autocast, plan.device, shard
+    )
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:
@@ -201,7 +206,7 @@ def train(
         plan.schedule.steps,
         save_steps=checkpoint_steps(plan) if plan.options.save_checkpoints else (),
         log_steps=sweep.log_steps,
-        autocast_dtype=getattr(torch, plan.autocast),
+        autocast_dtype=autocast,
         backup_steps=sweep.backup_steps,
         backup_minutes=sweep.backup_minutes,
         save_state=save,
@@ -209,10 +214,13 @@ def train(
         timings=timings,
         show_progress=world.rank == 0,
         world=world,
+        workers=workers,
     )
     if state is not None:
         loop.load_state_dict(state)
         print(f"resumed at step {loop.step:,} of {loop.steps:,}")
+    if loop.workers > 1:
+        print(f"{loop.workers} threads step SAEs side by side (--sae_threads 1: all threads share each step)")
     ended: str | None = None
     try:
         loop.train()
@@ -273,6 +281,7 @@ def finish_training(
         "seconds_saving_state": round(loop.seconds_in_state, 2),
         "norm_factors": loop.norm_factors,
         "positions": dict(buffer.counts),
+        "sae_threads": loop.workers,
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
         "wandb_ids": wandb_ids,
         **about_text,
@@ -298,10 +307,8 @@ def check(plan: Plan) -> None:
     if options.hf_repo_id and not options.dry_run:
         from .hub import check_repo
 
-        print(
-            check_repo(options.hf_repo_id, options.private, run_folder=plan.folder, overwrite=options.overwrite)
-            or f"uploads go to {options.hf_repo_id}"
-        )
+        place = {"private": options.private, "run_folder": plan.folder, "overwrite": options.overwrite}
+        print(check_repo(options.hf_repo_id, **place) or f"uploads go to {options.hf_repo_id}")
 
 
 def carry_out(plan: Plan) -> int:
@@ -394,7 +401,9 @@ def evaluate_only(
     device = str(world.place(resolve_device(options.device)))
 
     def reading(recorded: Mapping[str, Any]) -> Reading:
-        return Reading(*resolve(recorded), device, world)
+        # of what a file says nothing else is taken: that of somebody else's could ask for their code to be run
+        names = (*EVALUATION_SETTINGS, "llm_batch_size", "eval_batch_size", "attn_implementation")
+        return Reading(*resolve({name: recorded[name] for name in names if name in recorded}), device, world)
 
     names = options.eval_only or [str(run_folder(options))]
     saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])

@@ -25,7 +25,7 @@ def records(path: Path) -> Iterator[Any]:
     record, 2 its first piece, 3 a middle one, 4 the last). W&B itself has no reader of it in Python any more.
     """
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     data, position, payload = path.read_bytes(), 7, b""
     while position + 7 <= len(data):

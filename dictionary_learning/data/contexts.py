@@ -1,9 +1,11 @@
 """Contexts: lists of token ids of at most the length that the language model reads."""
 
+import bisect
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from .chats import ChatTexts, default_system_prompt
+from .chats import LITERAL, LITERAL_END, ChatTexts, default_system_prompt
 from .documents import CHUNK_CHARACTERS
 from .stream import Stream
 
@@ -19,34 +21,56 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-class PackedContexts(Stream):
-    """Lists of exactly `context_length` token ids, each starting with bos: the documents joined by eos, and cut.
+class Marks(NamedTuple):
+    """The tokens that packing puts in: at the start of a context (or none), between documents, after the end."""
 
-    Where the tokenizer has no bos, eos is in its place. No token is lost: when the documents end, the last context is
-    shorter. The documents are tokenised a chunk at a time; the state is that of the start of the chunk and the number
-    of contexts served since, and to load it is to serve those again.
-    """
+    bos_id: int | None
+    separator_id: int
+    pad_id: int
 
-    saved = ("documents", "tokens", "started")
-    joined = True  # an eos between documents
-    whole = False  # a document shares no context with the next
-    own_bos = False  # the text brings its own bos, which is not doubled
-
-    def __init__(self, documents: Stream, tokenizer: Any, context_length: int):
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Marks":
+        """The tokenizer's bos and eos; where it has one of them, that serves as both."""
         marks = [mark for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id) if mark is not None]
         if not marks:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path} has neither a bos nor an eos token")
+        return cls(marks[0], marks[-1], marks[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+class Context(NamedTuple):
+    """The token ids of a context, and the places in it of those that packing put there."""
+
+    tokens: list[int]
+    marks: list[int]
+
+
+class PackedContexts(Stream):
+    """Contexts of exactly `context_length` tokens, each starting with bos: the documents joined by separators, and cut.
+
+    No token is lost: when the documents end, the last context is shorter. Documents are text: what they write like a
+    special token is none. A document that is a list of token ids is taken as it is, but for a bos at its start and a
+    separator at its end, as packing has its own. The documents are tokenised a chunk at a time; the state is that of
+    the start of the chunk and the number of contexts served since, and to load it is to serve those again.
+    """
+
+    saved = ("documents", "tokens", "marks", "started")
+    joined = True  # a separator between documents
+    whole = False  # a document shares no context with the next
+    own_bos = False  # the text brings its own bos, which is not doubled
+
+    def __init__(self, documents: Stream, tokenizer: Any, context_length: int, marks: Marks | None = None):
         if context_length < 2:
             raise ValueError(f"context_length must be at least 2 (bos and a token), got {context_length}")
         self.documents, self.tokenizer, self.context_length = documents, tokenizer, context_length
-        self.bos_id, self.eos_id = marks[0], marks[-1]  # where there is one of them, it serves as both
+        self.bos_id, self.separator_id, _ = marks or Marks.of(tokenizer)
         self.tokens: list[int] = []  # from `_at` on, to be served
+        self.marks: list[int] = []  # where in `tokens` there are marks
         self.started = False  # a document came before
         self._restart()
 
     def _restart(self) -> None:
         self._at, self._ended = 0, False
-        self._token_lists = self._tokenise()
+        self._documents = self._tokenise()
         self._begin_chunk()
 
     def _begin_chunk(self) -> None:
@@ -56,46 +80,68 @@ class PackedContexts(Stream):
 
     def _drop_served(self) -> None:
         del self.tokens[: self._at]
+        self.marks = [mark - self._at for mark in self.marks if mark >= self._at]
         self._at = 0
 
-    def _tokenise(self) -> Iterator[list[int]]:
-        """The token ids of the documents, a list for each (several for a very long one)."""
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self._ids(texts, split_special_tokens=True)
 
-        def encode(texts: list[str]) -> list[list[int]]:
-            # not verbose: it is no mistake here that a text is longer than the model's context
-            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-            return self.tokenizer(texts, **options)["input_ids"]
+    def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
+        # not verbose: it is no mistake here that a text is longer than the model's context
+        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
 
+    def _tokenise(self) -> Iterator[tuple[list[int], bool]]:
+        """The token ids of the documents, and whether a document begins with them: a very long one is in several."""
         while True:
             self._begin_chunk()
-            texts, size = [], 0
-            while size < CHUNK_CHARACTERS and (text := next(self.documents, None)) is not None:
-                texts.append(text)
-                size += len(text)
-            if not texts:
+            documents, size = [], 0
+            while size < CHUNK_CHARACTERS and (document := next(self.documents, None)) is not None:
+                documents.append(document)
+                size += len(document)
+            if not documents:
                 self._ended = True
                 return
-            *texts, last = texts  # only the last can be longer than a chunk
-            piece, *pieces = _pieces(last)
-            for ids in encode([*texts, piece]):
-                yield [self.eos_id, *ids] if self.joined and self.started else ids
-                self.started = True
+            *documents, last = documents  # only the last can be longer than a chunk
+            piece, *pieces = _pieces(last) if isinstance(last, str) else [last]
+            documents.append(piece)
+            encoded = iter(self._encode([document for document in documents if isinstance(document, str)]))
+            for document in documents:
+                yield next(encoded) if isinstance(document, str) else self._bare(document), True
             for piece in pieces:
                 self._drop_served()
-                yield from encode([piece])
+                yield self._encode([piece])[0], False
 
-    def __next__(self) -> list[int]:
+    def _bare(self, ids: list[int]) -> list[int]:
+        start, end = ids[:1] == [self.bos_id], ids[-1:] == [self.separator_id]
+        return ids[start : len(ids) - end]
+
+    def _take_in(self, ids: list[int], begins: bool) -> None:
+        if begins and self.joined and self.started:
+            self.marks.append(len(self.tokens))
+            self.tokens.append(self.separator_id)
+        if begins and self.own_bos and ids[:1] == [self.bos_id]:
+            self.marks.append(len(self.tokens))
+        self.started = True
+        self.tokens += ids
+
+    def __next__(self) -> Context:
         needed = 1 if self.whole else self.context_length
-        while len(self.tokens) - self._at < needed and (ids := next(self._token_lists, None)) is not None:
-            self.tokens += ids
+        while len(self.tokens) - self._at < needed and (document := next(self._documents, None)) is not None:
+            self._take_in(*document)
         if self._at == len(self.tokens):
             assert self._ended, "the text broke off with an error: load a state to go on"
             raise StopIteration
-        head = [] if self.own_bos and self.tokens[self._at] == self.bos_id else [self.bos_id]
-        body = self.tokens[self._at : self._at + self.context_length - len(head)]
-        self._at += len(body)
+        has_bos = self.own_bos and self.tokens[self._at] == self.bos_id
+        head = [] if has_bos or self.bos_id is None else [self.bos_id]
+        end = min(self._at + self.context_length - len(head), len(self.tokens))
+        first = bisect.bisect_left(self.marks, self._at)
+        inner = self.marks[first : bisect.bisect_left(self.marks, end)]
+        places = {*range(len(head) or has_bos), *(mark - self._at + len(head) for mark in inner)}
+        context = Context(head + self.tokens[self._at : end], sorted(places))
+        self._at = end
         self._n_served += 1
-        return head + body
+        return context
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._chunk, "n_served": self._n_served}
@@ -108,7 +154,7 @@ class PackedContexts(Stream):
 
 
 class ChatContexts(PackedContexts):
-    """Lists of at most `context_length` token ids, each starting with bos: every conversation in contexts of its own.
+    """Contexts of at most `context_length` tokens, each starting with bos: every conversation in contexts of its own.
 
     One that is longer than a context goes on in further ones. With `pack`, conversations follow each other as they
     are in full contexts, as in `PackedContexts`. Where the template itself writes bos, there is no second one.
@@ -133,11 +179,22 @@ class ChatContexts(PackedContexts):
         removal_fraction: float = 0.9,
         pack: bool = False,
         seed: int = 0,
+        marks: Marks | None = None,
     ):
         default = default_system_prompt(tokenizer)  # asked for in any case: it fails where there is no template
         prompt = default if system_prompt is None else system_prompt
         self.whole = not pack
-        super().__init__(ChatTexts(conversations, tokenizer, prompt, removal_fraction, seed), tokenizer, context_length)
+        texts = ChatTexts(conversations, tokenizer, prompt, removal_fraction, seed)
+        super().__init__(texts, tokenizer, context_length, marks)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """The template's special tokens are such; what the conversation writes like one is text."""
+        if not any(LITERAL in text for text in texts):
+            return self._ids(texts)
+        pieces = [re.split(f"[{LITERAL}{LITERAL_END}]", text) for text in texts]  # every second is literal
+        own = iter(self._ids([piece for text in pieces for piece in text[::2]]))
+        literal = iter(self._ids([piece for text in pieces for piece in text[1::2]], split_special_tokens=True))
+        return [[id for i, _ in enumerate(text) for id in next(literal if i % 2 else own)] for text in pieces]
 
 
 class MixedContexts(Stream):
@@ -153,10 +210,18 @@ class MixedContexts(Stream):
             raise ValueError(f"chat_fraction must lie between 0 and 1, got {chat_fraction}")
         self.pretrain, self.chat, self.chat_fraction = pretrain, chat, chat_fraction
         self.n_tokens = self.n_chat_tokens = 0
+        self._ended: Stream | None = None
 
-    def __next__(self) -> list[int]:
+    @property
+    def end(self) -> str:
+        return "" if self._ended is None else self._ended.end
+
+    def __next__(self) -> Context:
         is_chat = self.n_chat_tokens < self.chat_fraction * self.n_tokens
-        context = next(self.chat if is_chat else self.pretrain)
-        self.n_tokens += len(context)
-        self.n_chat_tokens += len(context) * is_chat
+        stream = self.chat if is_chat else self.pretrain
+        if (context := next(stream, None)) is None:
+            self._ended = stream
+            raise StopIteration
+        self.n_tokens += len(context.tokens)
+        self.n_chat_tokens += len(context.tokens) * is_chat
         return context

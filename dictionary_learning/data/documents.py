@@ -3,59 +3,86 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .rows import (
-    BUILT_IN,
-    RETRY_WAITS_S,
-    FileRows,
-    HubRows,
-    files_of,
-    kind_of,
-    open_hub,
-    read_file,
-    stdlib_paths,
-    stdlib_rows,
-)
+from .hub import RETRY_WAITS_S, HubRows, hub_rows
+from .rows import LocalRows, stdlib_files
+from .sources import BUILT_IN, Source
 from .stream import Stream, is_held_out
 
 EVAL_DATASET = "monology/pile-uncopyrighted"
 CHAT_DATASET = "lmsys/lmsys-chat-1m"
+CHAT_COLUMNS = ("conversation", "messages", "conversations")
 CHUNK_CHARACTERS = 2**18  # tokenised in one call; a tokenizer takes some 300 bytes of memory a character
+ROWS_WITHOUT_COLUMN = 1000  # at the start, until it is an error that no row has it
+# who speaks, as ShareGPT calls them
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ROLES |= {"function_call": "assistant", "function_response": "tool", "observation": "tool"}
+
+Checked = tuple[Any, str | None]  # what is read, and why it is skipped; None if it is not
 
 
-def _text_fault(value: object) -> str | None:
-    """Why this is no document, if it is none."""
+def _is_text(value: object) -> bool:
+    """Half a surrogate pair, which json can hold and no tokenizer takes, is none."""
     if not isinstance(value, str):
-        return "not text"
+        return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which json can hold and no tokenizer takes
-        return "not text"
-    return None if value.strip() else "empty"
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _chat_fault(value: object) -> str | None:
-    """Why this is no conversation, if it is none."""
+def as_text(value: object) -> Checked:
+    """A text, or the list of its token ids."""
+    if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
+        return value, None
+    if not _is_text(value):
+        return value, "not text"
+    return value, None if str(value).strip() else "empty"
+
+
+def as_conversation(value: object) -> Checked:
+    """A conversation as chat templates take it: a list of {"role", "content"}, with whatever else a message has.
+
+    ShareGPT's "from" and "value" become these, content in parts becomes one text, and null is left out.
+    """
     if not isinstance(value, list):
-        return "not a conversation"
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "not a conversation"
-        if _text_fault(message.get("content")) == "not text":
-            return "not a conversation"
-    return None if value else "empty"
+        return value, "not a conversation"
+    messages = [_message(message) for message in value]
+    if None in messages:
+        return value, "not a conversation"
+    return messages, None if messages else "empty"
+
+
+def _message(value: object) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    message = {str(key): item for key, item in value.items() if item is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        speaker, said = message.pop("from").lower(), message.pop("value", None)
+        message = {"role": ROLES.get(speaker, speaker), "content": said, **message}
+    if isinstance(parts := message.get("content"), list):
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        strings = [text for text in texts if isinstance(text, str)]
+        message["content"] = "".join(strings) if len(strings) == len(texts) else None
+    elif "content" not in message and message.get("tool_calls"):
+        message["content"] = ""
+    return message if isinstance(message.get("role"), str) and _is_text(message.get("content")) else None
+
+
+def _key(document: Any) -> str:
+    """What decides whether a document is held out. Dates and the like may stand in a conversation."""
+    return document if isinstance(document, str) else json.dumps(document, default=str)
 
 
 class Documents(Stream):
     """The values of one column of rows, without those that are empty or not what they should be.
 
     Args:
-        columns: the names that the column may have.
-        fault: why a value is skipped; None if it is not.
+        columns: the names that the column may have; `a.b` is b within a, where there is no column of the whole name.
+        check: what a value is read as, and why it is skipped; None if it is not.
         held_out: True: only the held-out twentieth, by hash. False: all but it. None: everything.
         epochs: how often the rows are read.
         shard: (rank, world): of the rows, only each `world`-th from row `rank` on.
@@ -64,7 +91,7 @@ class Documents(Stream):
         ValueError: the column is not there.
     """
 
-    saved = ("rows", "epoch", "n_rows", "n_documents", "n_skipped")
+    saved = ("rows", "epoch", "n_rows", "n_seen", "n_documents", "n_skipped", "found_column")
 
     def __init__(
         self,
@@ -72,54 +99,87 @@ class Documents(Stream):
         name: str,
         *,
         columns: Sequence[str] = ("text",),
-        fault: Callable[[object], str | None] = _text_fault,
+        check: Callable[[object], Checked] = as_text,
         held_out: bool | None = None,
         epochs: int = 1,
         shard: tuple[int, int] = (0, 1),
     ):
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {epochs}")
-        self.rows, self.name, self.columns, self.fault = rows, name, columns, fault
+        self.rows, self.name, self.columns, self.check = rows, name, columns, check
         self.held_out, self.epochs, self.shard = held_out, epochs, shard
         self._start = rows.state_dict()
-        self._column: str | None = None
-        self.epoch = self.n_rows = self.n_documents = 0  # n_rows: of this epoch
+        self._there: dict[str, None] = {}  # the columns of the first rows
+        self._ended = False
+        self.found_column = False
+        self.epoch = self.n_rows = self.n_seen = self.n_documents = 0  # n_rows: of this epoch; n_seen: of this shard
         self.n_skipped: dict[str, int] = {}
 
     @property
     def skipped(self) -> Counter[str]:
-        return Counter(self.n_skipped)
+        return super().skipped + Counter(self.n_skipped)
+
+    @property
+    def n_read(self) -> int:
+        return self.n_seen
+
+    @property
+    def end(self) -> str:
+        if not self._ended:
+            return ""
+        times = f", read {self.epochs} times," if self.epochs > 1 else ""
+        return f"{self.name}{times} has {self.n_documents:,} documents and no more"
 
     def __next__(self) -> Any:
         while True:
             row = self._next_row()
             if (self.n_rows - 1) % self.shard[1] != self.shard[0]:
                 continue
-            document = row.get(self._column) if isinstance(row, dict) else None
-            if fault := self.fault(document):
+            self.n_seen += 1
+            document, fault = self.check(self._value(row))
+            if fault:
                 self.n_skipped[fault] = self.n_skipped.get(fault, 0) + 1
-                continue
-            if self.held_out is not None:
-                if is_held_out(document if isinstance(document, str) else json.dumps(document)) != self.held_out:
-                    continue
-            self.n_documents += 1
-            return document
+            elif self.held_out is None or is_held_out(_key(document)) == self.held_out:
+                self.n_documents += 1
+                return document
 
     def _next_row(self) -> Any:
         end = object()
         while (row := next(self.rows, end)) is end:
             if self.epoch + 1 >= self.epochs:
+                self._ended = True
+                self._check_column()
                 raise StopIteration
             self.epoch, self.n_rows = self.epoch + 1, 0
+            self.n_skipped = dict(self.skipped)  # the rows start over, and their counts with them
             self.rows.load_state_dict(self._start)
         self.n_rows += 1
-        if self._column is None:
-            there = list(row) if isinstance(row, dict) else []
-            self._column = next((column for column in self.columns if column in there), None)
-            if self._column is None:
-                asked, there = " or ".join(map(repr, self.columns)), ", ".join(map(repr, there))
-                raise ValueError(f"{self.name} has no column {asked}; its columns are: {there or 'none'}")
+        if self.n_rows == ROWS_WITHOUT_COLUMN:
+            self._check_column()
         return row
+
+    def _value(self, row: Any) -> Any:
+        """What stands in the first of the columns that the row has."""
+        if not isinstance(row, dict):
+            return None
+        for column in self.columns:
+            value = row
+            for name in [column] if column in row else column.split("."):
+                value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
+            if value is not _ABSENT:
+                self.found_column = True
+                return value
+        if not self.found_column:
+            self._there |= dict.fromkeys(row)
+        return None
+
+    def _check_column(self) -> None:
+        if self.n_seen and not self.found_column:
+            asked, there = " or ".join(map(repr, self.columns)), ", ".join(map(repr, self._there))
+            raise ValueError(f"{self.name} has no column {asked}; its columns are: {there or 'none'}")
+
+
+_ABSENT = object()
 
 
 def open_documents(
@@ -128,46 +188,53 @@ def open_documents(
     text_column: str = "text",
     split: str = "train",
     subset: str | None = None,
+    revision: str | None = None,
     held_out: bool | None = None,
     epochs: int = 1,
     shard: tuple[int, int] = (0, 1),
     chats: bool = False,
+    shuffle: int | None = None,
+    skip_damaged: bool = False,
     retry_waits_s: Sequence[float] = RETRY_WAITS_S,
 ) -> Documents:
     """The texts of a dataset: "python-stdlib", a local file or folder, or the id of a dataset on the Hugging Face Hub.
 
-    Local: .jsonl, .json, .parquet, .arrow and .txt, each also as .zst or .gz, and folders of `save_to_disk`; a .txt
-    is one document. `subset` is the configuration of a Hub dataset. Held out is a twentieth by hash of the text (of
-    the path for python-stdlib): `held_out` True reads only that, False all but that, None everything.
-    With `chats` the documents are lists of {"role", "content"}, in a column "conversation" or "messages".
+    Local: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .ipc and .txt, those of text also as .zst,
+    .gz, .bz2 or .xz, and folders of `save_to_disk`; a .txt is documents of a page or so. `subset` is the configuration
+    of a Hub dataset. Held out is a twentieth by hash of the text (of the path for python-stdlib): `held_out` True reads
+    only that, False all but that, None everything. A column may hold token ids in place of text.
+    With `chats` the documents are lists of {"role", "content"}, in a column "conversation", "messages" or
+    "conversations". With `shuffle`, a seed, the rows come from all over the dataset side by side, else in its order.
+    With `skip_damaged`, what cannot be read of a file is skipped and counted.
 
     Raises:
         ValueError: there is no such dataset, file, column, split or text in it, or no right to read it.
         ConnectionError: the Hub cannot be reached; later on, when `retry_waits_s` are used up too.
     """
-    path = Path(dataset).expanduser()
+    source = Source(dataset, split, subset, text_column, revision)
+    columns = CHAT_COLUMNS if chats else (text_column,)
+    reading: dict[str, Any] = {"shuffle": shuffle, "skip_damaged": skip_damaged}
+    reading["columns"] = [name for column in columns for name in {column, column.split(".")[0]}]
+    path = source.path
     if dataset == BUILT_IN:
         if split != "train":
             raise ValueError(f"{BUILT_IN} has no split {split!r}: what it has for evaluation is its held-out documents")
-        paths = [path for path in stdlib_paths() if held_out is None or is_held_out(path) == held_out]
-        rows, held_out = FileRows(paths, stdlib_rows), None
-    elif path.exists():
-        rows = FileRows(files_of(path, split), read_file)
-    elif dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or kind_of(path):
-        raise ValueError(f"there is no file or folder {dataset}")
+        rows, held_out = stdlib_files(held_out, shuffle), None
+    elif path is not None:
+        rows = LocalRows(path, split, **reading)
     else:
-        rows = HubRows(dataset, partial(open_hub, dataset, subset, split), retry_waits_s)
+        rows = hub_rows(source, retry_waits_s=retry_waits_s, **reading)
     documents = Documents(
         rows,
         dataset,
-        columns=("conversation", "messages") if chats else (text_column,),
-        fault=_chat_fault if chats else _text_fault,
+        columns=columns,
+        check=as_conversation if chats else as_text,
         held_out=held_out,
         epochs=epochs,
     )
     start = documents.state_dict()
     if next(documents, None) is None:  # what is wrong with a dataset comes out here, not an hour into a run
-        found = ", ".join(f"{n} {fault}" for fault, n in documents.n_skipped.items()) or "none of them skipped"
+        found = ", ".join(f"{n} {fault}" for fault, n in documents.skipped.items()) or "none of them skipped"
         what = "held-out document" if held_out else "conversation" if chats else "document"
         raise ValueError(f"{dataset} has no {what} to read ({documents.n_rows} rows, {found}): name another dataset")
     documents.load_state_dict(start)
@@ -180,14 +247,25 @@ def estimate_tokens(documents: Documents, tokenizer: Any, seconds: float = 10.0)
 
     None for a stream from the Hub, and where reading takes longer than that: there is no quick answer.
     """
-    if isinstance(documents.rows, HubRows):
+    if any(isinstance(stream, HubRows) for stream in _below(documents)):
         return None
-    deadline, n_characters, sample = time.monotonic() + seconds, 0, []
+    deadline, n_characters, n_tokens, sample = time.monotonic() + seconds, 0, 0, []
     for document in documents:
-        if n_characters < CHUNK_CHARACTERS:
-            sample.append(document[:CHUNK_CHARACTERS])
-        n_characters += len(document)
+        if isinstance(document, str):
+            if n_characters < CHUNK_CHARACTERS:
+                sample.append(document[:CHUNK_CHARACTERS])
+            n_characters += len(document)
+        else:
+            n_tokens += len(document)
         if time.monotonic() > deadline:
             return None
-    n_tokens = sum(map(len, tokenizer(sample, add_special_tokens=False)["input_ids"]))
-    return round(n_characters * n_tokens / sum(map(len, sample)))
+    if sample:
+        n_sampled = sum(map(len, tokenizer(sample, add_special_tokens=False, split_special_tokens=True)["input_ids"]))
+        n_tokens += round(n_characters * n_sampled / sum(map(len, sample)))
+    return n_tokens
+
+
+def _below(stream: Stream) -> Iterator[Stream]:
+    for part in stream.parts:
+        yield part
+        yield from _below(part)

@@ -1,25 +1,21 @@
-"""Rows: of the standard library, of local files, of the Hub."""
+"""Rows: of the standard library and of local files, one after another or side by side."""
 
-import copy
-import io
+import bisect
 import itertools
-import json
 import os
-import re
+import random
 import sysconfig
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .readers import DamagedError, Part, can_be_cut, read_part
+from .sources import files_of
 from .stream import Stream, is_held_out
 
-BUILT_IN = "python-stdlib"
-RETRY_WAITS_S = tuple(2.0**i for i in range(9))  # eight and a half minutes in all
-
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
-NOT_DATA = {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+STRETCHES = 64  # that shuffled text is read in, side by side
 
 
 def stdlib_paths() -> list[str]:
@@ -48,98 +44,36 @@ def python_stdlib(held_out: bool) -> Iterator[tuple[str, str]]:
             yield path, stdlib_rows(path)[0]["text"]
 
 
-def kind_of(path: Path) -> str | None:
-    """The kind of a file by its name (`a.jsonl.zst` is json); None: not one that can be read."""
-    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return None if path.name in NOT_DATA else FILE_KINDS.get(plain.suffix)
-
-
-def files_of(path: Path, split: str) -> list[Path]:
-    """The file of this path, or the files of the split in this folder, in order of path.
-
-    A file is of the split that its name or a folder of it begins with (`train-00000.parquet`, `test/a.jsonl`).
-    Where no file is of a split "train", every file is.
-    """
-    files = [path]
-    if path.is_dir():
-        found = (file.relative_to(path) for file in sorted(path.rglob("*")) if kind_of(file) and file.is_file())
-        files = [file for file in found if not any(part.startswith(".") for part in file.parts)]
-        of_split = re.compile(re.escape(split) + r"([-._ 0-9]|$)")
-        chosen = [file for file in files if any(of_split.match(part) for part in file.parts)]
-        if files and not chosen and split != "train":
-            raise ValueError(f"no file in {path} is of a split {split!r}: name its file or folder instead")
-        files = [path / file for file in chosen or files]
-    kinds = {str(kind_of(file)) for file in files}
-    if kinds <= {"None"}:
-        raise ValueError(f"no text in {path}: files end in {', '.join(FILE_KINDS)}, or one of these and .zst or .gz")
-    if len(kinds) > 1:
-        raise ValueError(f"{path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one kind")
-    return files
-
-
-def _open_text(path: Path):
-    if path.suffix not in COMPRESSIONS:
-        return path.open(encoding="utf-8-sig")
-    import pyarrow  # its decompressors notice a file that was cut short
-
-    raw = pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])
-    return io.TextIOWrapper(raw, encoding="utf-8-sig")
-
-
-def _record_batches(path: Path, kind: str) -> Iterable[Any]:
-    import pyarrow.parquet
-
-    if kind == "parquet":
-        return pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-
-
-def read_file(path: Path, start: int) -> Iterator[Any]:
-    """The rows of a file from row `start` on: lines or elements of json, rows of a table, a .txt as a whole."""
-    try:
-        kind = kind_of(path)
-        if kind in ("parquet", "arrow"):
-            for batch in _record_batches(path, kind):
-                if start < batch.num_rows:
-                    batch.validate(full=True)  # arrow itself would follow a bad offset anywhere
-                    yield from batch.slice(start).to_pylist()
-                start = max(0, start - batch.num_rows)
-            return
-        with _open_text(path) as file:
-            if kind == "text":
-                yield from [{"text": file.read()}][start:]
-            elif (first := file.readline()).lstrip().startswith("["):
-                yield from json.loads(first + file.read())[start:]
-            else:
-                lines = (line for line in itertools.chain([first], file) if line.strip())
-                yield from map(json.loads, itertools.islice(lines, start, None))
-    # what the readers of these formats raise on bytes that are not theirs (pyarrow's errors derive from these)
-    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
 class FileRows(Stream):
-    """The rows of files one after another: `read(file, start)` gives those of a file from row `start` on."""
+    """The rows of files one after another: `read(file, start)` gives those of a file from row `start` on.
 
-    saved = ("file", "row")
+    With `skip_damaged`, what cannot be read of a file is skipped and counted.
+    """
 
-    def __init__(self, files: Sequence[Any], read: Callable[[Any, int], Iterable[Any]]):
-        self.files, self.read = files, read
+    saved = ("file", "row", "damaged")
+
+    def __init__(self, files: Sequence[Any], read: Callable[[Any, int], Iterable[Any]], skip_damaged: bool = False):
+        self.files, self.read, self.skip_damaged = files, read, skip_damaged
         self.file = self.row = 0
+        self.damaged: list[str] = []
         self._rows: Iterator[Any] | None = None
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return Counter(f"rest of a damaged file ({sentence})" for sentence in self.damaged)
 
     def __next__(self) -> Any:
         while self.file < len(self.files):
             if self._rows is None:
                 self._rows = iter(self.read(self.files[self.file], self.row))
-            for row in self._rows:
-                self.row += 1
-                return row
+            try:
+                for row in self._rows:
+                    self.row += 1
+                    return row
+            except DamagedError as error:
+                if not self.skip_damaged:
+                    raise
+                self.damaged.append(str(error))
             self.file, self.row, self._rows = self.file + 1, 0, None
         raise StopIteration
 
@@ -153,89 +87,100 @@ class FileRows(Stream):
         self._rows = None
 
 
-class HubRows(Stream):
-    """The rows of a dataset that streams from the Hub, reopened where it stood when the network fails.
+class Interleaved(Stream):
+    """Streams side by side: the next row is of the one that has given the smallest share of its size so far.
 
-    Args:
-        open_dataset: from a revision (None: the newest) to a `datasets.IterableDataset`, whose `state_dict` is the
-            position, and its revision. Not a shuffled one: its state leaves out the rows in the shuffle buffer.
-        retry_waits_s: seconds before each attempt to reopen, until a row comes through.
+    So every stretch of what comes out holds of each stream about its share of the whole.
 
-    Raises:
-        ConnectionError: the attempts are used up, or the very first one failed.
-        ValueError: the dataset does not exist, is gated, has no such split or subset, or cannot be read.
+    sizes: of the streams, in any unit. seed: draws whose turn is first.
     """
 
-    saved = ("revision", "position")
+    saved = ("streams", "given", "ended")
+
+    def __init__(self, streams: Sequence[Stream], sizes: Sequence[float], seed: int):
+        order = random.Random(seed).sample(range(len(streams)), len(streams))
+        self.streams, self.sizes = [streams[i] for i in order], [sizes[i] for i in order]
+        self.given = [0] * len(streams)  # characters
+        self.ended = [False] * len(streams)
+
+    def __next__(self) -> Any:
+        while live := [i for i, ended in enumerate(self.ended) if not ended]:
+            i = min(live, key=lambda i: self.given[i] / self.sizes[i])
+            for row in self.streams[i]:
+                self.given[i] += len(str(row))
+                return row
+            self.ended[i] = True
+        raise StopIteration
+
+
+def stretches(
+    files: Sequence[tuple[Any, float, bool]], n: int, seed: int
+) -> tuple[list[list[tuple[Any, float, float]]], list[float]]:
+    """All files, (file, size, whether it can be cut), laid end to end and cut in n of equal size, the first in two.
+
+    Returns for each that is not empty the (file, start, end) in it, with fractions of the file, and its size. A file
+    that cannot be cut is in the stretch that it begins in. The seed moves the cuts.
+    """
+    total, shift = sum(size for _, size, _ in files), random.Random(seed).random()
+    cuts = [(i + shift) * total / n for i in range(n)]
+    parts: list[list[tuple[Any, float, float]]] = [[] for _ in range(n + 1)]
+    sizes, at = [0.0] * (n + 1), 0.0
+    for file, size, can_cut in files:
+        first = bisect.bisect_right(cuts, at)
+        inner = [(cut - at) / size for cut in cuts if at < cut < at + size] if can_cut else []
+        for i, (start, end) in enumerate(itertools.pairwise([0.0, *inner, 1.0]), first):
+            parts[i].append((file, start, end))
+            sizes[i] += size * (end - start)
+        at += size
+    filled = [i for i, part in enumerate(parts) if part]
+    return [parts[i] for i in filled], [sizes[i] or 1.0 for i in filled]
+
+
+def stdlib_files(held_out: bool | None, shuffle: int | None) -> Stream:
+    """The rows of the standard library; with `shuffle`, a seed, side by side."""
+    paths = [path for path in stdlib_paths() if held_out is None or is_held_out(path) == held_out]
+    if shuffle is None:
+        return FileRows(paths, stdlib_rows)
+    root = Path(sysconfig.get_path("stdlib"))
+    groups, sizes = stretches([(path, (root / path).stat().st_size, False) for path in paths], STRETCHES, shuffle)
+    return Interleaved([FileRows([path for path, *_ in group], stdlib_rows) for group in groups], sizes, shuffle)
+
+
+class LocalRows(Stream):
+    """The rows of a local file, or of the files of a split in a folder; with `shuffle`, a seed, from all over them."""
+
+    saved = ("rows",)
 
     def __init__(
         self,
-        name: str,
-        open_dataset: Callable[[str | None], tuple[Any, str | None]],
-        retry_waits_s: Sequence[float] = RETRY_WAITS_S,
+        path: Path,
+        split: str = "train",
+        *,
+        columns: Sequence[str] = (),
+        shuffle: int | None = None,
+        skip_damaged: bool = False,
     ):
-        self.name, self.open_dataset, self.retry_waits_s = name, open_dataset, retry_waits_s
-        self.revision: str | None = None  # what is reopened later is the same data
-        self.position: dict[str, Any] | None = None  # None: the start
-        self._dataset: Any = None
-        self._rows: Iterator[Any] | None = None
-        self._reached = False
+        self.path, self.split, self.files = path, split, files_of(path, split)
+        read = partial(read_part, columns=columns)
+        if shuffle is None:
+            self.rows: Stream = FileRows([Part(file) for file in self.files.chosen], read, skip_damaged)
+            return
+        whole = [(file, file.stat().st_size, can_be_cut(file)) for file in self.files.chosen]
+        groups, sizes = stretches(whole, STRETCHES, shuffle)
+        streams = [FileRows([Part(*part) for part in group], read, skip_damaged) for group in groups]
+        self.rows = Interleaved(streams, sizes, shuffle)
 
     def __next__(self) -> Any:
-        waits = iter(self.retry_waits_s if self._reached else ())  # at first a user is waiting: fail at once
-        while True:
-            try:
-                if self._dataset is None:
-                    self._dataset, self.revision = self.open_dataset(self.revision)
-                if self._rows is None:
-                    self._dataset.load_state_dict(copy.deepcopy(self.position))
-                    self._rows = iter(self._dataset)
-                row = next(self._rows)
-                self.position = self._dataset.state_dict()
-                self._reached = True
-                return row
-            except StopIteration:
-                raise
-            except Exception as error:  # whatever the network stack and the file readers below may raise
-                self._dataset = self._rows = None
-                failure = self._explain(error)
-                wait = next(waits, None)
-                if wait is None or not isinstance(failure, ConnectionError):
-                    raise failure from error
-                time.sleep(wait)
+        return next(self.rows)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        revision = self.revision
-        super().load_state_dict(state)
-        self.revision = self.revision or revision
-        if self.revision != revision:
-            self._dataset = None
-        self._rows = None
-
-    def _explain(self, error: Exception) -> Exception:
-        """The sentence for an error; a ConnectionError where another attempt may help."""
-        names = {cls.__name__ for cls in type(error).__mro__}
-        modules = {cls.__module__.split(".")[0] for cls in type(error).__mro__}
-        what = one_line(error)
-        if "GatedRepoError" in names or ("DatasetNotFoundError" in names and "gated" in what):
-            page = f"https://huggingface.co/datasets/{self.name}"
-            return ValueError(f"{self.name} is a gated dataset: accept its licence at {page}, then run `hf auth login`")
-        if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "HFValidationError"}:
-            advice = "check the name (a private one needs `hf auth login`)"
-            return ValueError(f"no file, folder or Hub dataset is called {self.name}: {advice}")
-        network = isinstance(error, OSError) and not names & {"DatasetsError", "FileNotFoundError"}
-        if not network and not modules & {"httpx", "httpx2", "httpcore", "aiohttp", "requests", "urllib3"}:
-            return ValueError(f"cannot read {self.name}: {what}")
-        if not self._reached:
-            advice = f"check the network, or take a local file or {BUILT_IN}"
-            return ConnectionError(f"cannot reach {self.name} on the Hugging Face Hub ({what}): {advice}")
-        attempts = f"{len(self.retry_waits_s)} attempts over {sum(self.retry_waits_s):.0f} s"
-        return ConnectionError(f"the text of {self.name} broke off and {attempts} did not bring it back ({what})")
+    @property
+    def notes(self) -> list[str]:
+        if not self.files.left_out:
+            return []
+        chosen, left_out = (_listed(self.path, files) for files in (self.files.chosen, self.files.left_out))
+        return [f"{self.path}, split {self.split}: {chosen} are read, {left_out} are left out"]
 
 
-def open_hub(name: str, subset: str | None, split: str, revision: str | None) -> tuple[Any, str | None]:
-    import datasets
-    import huggingface_hub
-
-    revision = revision or huggingface_hub.HfApi().dataset_info(name).sha
-    return datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision), revision
+def _listed(top: Path, files: Sequence[Path], most: int = 5) -> str:
+    names = ", ".join(str(file.relative_to(top)) for file in files[:most])
+    return f"{len(files)} files ({names}{', ...' if len(files) > most else ''})"

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dictionary_learning.buffer import MARK, ActivationBuffer, position_mask
+from dictionary_learning.buffer import ActivationBuffer, position_mask
+from dictionary_learning.data import MARK
 from dictionary_learning.model import load_model
 
 BOS, LAYERS, D = 0, (1, 3), 4

@@ -21,7 +21,7 @@ def grid(sweep: Sweep, architectures=tuple(ARCHITECTURES)):
 
 
 def test_defaults_are_the_references():
-    sweep = demo.resolve_sweep(parse("--model_name", "EleutherAI/pythia-70m-deduped"))
+    _, sweep = demo.resolve(parse("--model_name", "EleutherAI/pythia-70m-deduped"))
     schedule = get_schedule(sweep)
     assert (schedule.steps, schedule.decay_start) == (244140, 195312)
     assert (schedule.warmup_steps, schedule.sparsity_warmup_steps) == (1000, 5000)
@@ -66,7 +66,7 @@ def test_schedules_fit_runs_of_any_length(num_tokens):
 
 def test_flags_come_before_preset_before_model_before_default():
     model = "google/gemma-2-2b"
-    sweep = demo.resolve_sweep(parse("--model_name", model, "--preset", "saebench", "--num_tokens", "5e7", "--mask"))
+    _, sweep = demo.resolve(parse("--model_name", model, "--preset", "saebench", "--num_tokens", "5e7", "--mask"))
     assert sweep.dtype == LLM_CONFIG[model]["dtype"] == "bfloat16"
     assert sweep.target_l0s == PRESETS["saebench"]["target_l0s"] == [20, 40, 80, 160, 320, 640]
     assert sweep.num_tokens == 50_000_000 and sweep.mask is True
@@ -75,7 +75,7 @@ def test_flags_come_before_preset_before_model_before_default():
 
 def test_saebench_preset():
     for model, (layer,) in PRESET_LAYERS["saebench"].items():
-        sweep = demo.resolve_sweep(parse("--model_name", model, "--preset", "saebench"))
+        _, sweep = demo.resolve(parse("--model_name", model, "--preset", "saebench"))
         assert (sweep.num_tokens, sweep.dictionary_widths, sweep.mask) == (500_000_000, [4096, 16384, 65536], False)
         assert (sweep.context_length, sweep.sae_batch_size, sweep.learning_rates) == (1024, 2048, [3e-4])
         assert layer == {"EleutherAI/pythia-160m-deduped": 8, "google/gemma-2-2b": 12}[model]
@@ -84,7 +84,7 @@ def test_saebench_preset():
 def test_every_field_of_the_sweep_is_a_flag():
     flags = vars(parse())
     assert {field.name for field in dataclasses.fields(Sweep)} <= flags.keys()
-    sweep = demo.resolve_sweep(
+    _, sweep = demo.resolve(
         parse("--dictionary_widths", 8, "1_6", "--learning_rates", "1e-3", "--target_l0s", "3.5", "--no-mask")
     )
     assert (sweep.dictionary_widths, sweep.learning_rates, sweep.target_l0s) == ([8, 16], [1e-3], [3.5])

@@ -19,7 +19,11 @@ from mutations import mutations
 from dictionary_learning import data
 from dictionary_learning.data import (
     BUILT_IN,
+    MARK,
+    PADDING,
+    TEXT,
     ChatContexts,
+    Context,
     Documents,
     FileRows,
     HubRows,
@@ -119,7 +123,7 @@ def no_network(monkeypatch):
     class Info:
         sha = "abc"
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: Info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: Info)
 
 
 # Rows and documents
@@ -255,17 +259,17 @@ def test_bad_local_datasets(tmp_path):
     refuses(tmp_path / "one.jsonl", "epochs must be at least 1", epochs=0)
     refuses(BUILT_IN, "has no split 'test'", split="test")
     for name, content in {
-        "a.csv": b"a,b\n1,2\n",
+        "a.xls": b"a,b\n1,2\n",
         "a.jsonl": b'{"text": "a',
         "b.jsonl": b"\xff\xfe\x00",
         "c.jsonl": b"[" * 100_000,
-        "a.json": b'{"text": 1\n}',
+        "a.json": b'{"text": 1\n',
         "a.parquet": b"PAR1 and so on PAR1",
         "a.arrow": b"\xff\xff\xff\xff1234",
         "a.txt.zst": zstandard.compress(bytes(range(128)) * 99)[:-5],
     }.items():
         (tmp_path / name).write_bytes(content)
-        refuses(tmp_path / name, "no text in" if name == "a.csv" else "cannot read .*a|cannot read .*jsonl")
+        refuses(tmp_path / name, "no text in" if name == "a.xls" else "cannot read .*a|cannot read .*jsonl")
     refuses(tmp_path, "several kinds")
 
 
@@ -301,6 +305,8 @@ class FlakyRows:
     def load_state_dict(self, state):
         self.row = state["row"] if state else 0
 
+    num_shards, column_names = 1, None
+
 
 @pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
 def test_a_stream_that_breaks_goes_on_where_it_was(error):
@@ -312,7 +318,7 @@ def test_a_stream_that_breaks_goes_on_where_it_was(error):
 
 def test_waits_grow_and_start_over_after_a_row(monkeypatch):
     slept = []
-    monkeypatch.setattr("dictionary_learning.data.rows.time.sleep", slept.append)
+    monkeypatch.setattr("dictionary_learning.data.hub.time.sleep", slept.append)
     source = Flaky([10, 20])
     attempts = itertools.count()
 
@@ -392,6 +398,10 @@ def test_tokens_are_estimated(tmp_path, tokenizer):
 # Contexts
 
 
+def tokens_of(contexts):
+    return [context.tokens for context in contexts]
+
+
 def joined(texts, tokenizer):
     """What packing must hold: the texts' tokens with an eos between."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -400,7 +410,7 @@ def joined(texts, tokenizer):
 
 @pytest.mark.parametrize("length", [2, 7, 64, 10_000])
 def test_packing_loses_no_token(length, tokenizer, small_chunks):
-    contexts = list(PackedContexts(FromList(TEXTS), tokenizer, length))
+    contexts = tokens_of(PackedContexts(FromList(TEXTS), tokenizer, length))
     assert all(context[0] == tokenizer.bos_token_id for context in contexts)
     assert all(len(context) == length for context in contexts[:-1]) and 1 < len(contexts[-1]) <= length
     assert [token for context in contexts for token in context[1:]] == joined(TEXTS, tokenizer)
@@ -411,7 +421,7 @@ def test_packing_uses_eos_where_there_is_no_bos(tokenizer):
     tokenizer.add_special_tokens({"eos_token": "<eos>"})
     tokenizer.bos_token = None
     eos = tokenizer.eos_token_id
-    assert [context[0] for context in PackedContexts(FromList(TEXTS), tokenizer, 50)][:3] == [eos] * 3
+    assert [context.tokens[0] for context in PackedContexts(FromList(TEXTS), tokenizer, 50)][:3] == [eos] * 3
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a bos nor an eos"):
         PackedContexts(FromList(TEXTS), tokenizer, 50)
@@ -422,13 +432,13 @@ def test_a_long_document_is_read_once_and_loses_nothing(tokenizer, small_chunks)
     read = []
 
     class Counting:
-        name_or_path, bos_token_id, eos_token_id = "counting", 0, 0
+        name_or_path, bos_token_id, eos_token_id, pad_token_id = "counting", 0, 0, 0
 
         def __call__(self, texts, **options):
             read.extend(texts)
             return tokenizer(texts, **options)
 
-    contexts = list(PackedContexts(FromList(["a", text, "b"]), Counting(), 16))
+    contexts = tokens_of(PackedContexts(FromList(["a", text, "b"]), Counting(), 16))
     assert "".join(read) == "a" + text + "b"
     assert max(map(len, read)) <= 40
     assert [token for context in contexts for token in context[1:]] == joined(["a", text, "b"], tokenizer)
@@ -453,7 +463,7 @@ def test_a_state_passes_through_a_weights_only_load(tokenizer, tmp_path):
 def test_chats_are_whole_and_start_with_one_bos(template, tokenizer, small_chunks):
     tokenizer = chat_tokenizer(tokenizer, template)
     conversations = chats()
-    contexts = list(ChatContexts(FromList(conversations), tokenizer, 50, system_prompt=""))
+    contexts = tokens_of(ChatContexts(FromList(conversations), tokenizer, 50, system_prompt=""))
     assert all(context[0] == 0 and context[1] != 0 and len(context) <= 50 for context in contexts)
     for conversation in conversations:
         text = render(tokenizer, conversation).removeprefix(tokenizer.bos_token)
@@ -467,7 +477,7 @@ def test_chats_are_whole_and_start_with_one_bos(template, tokenizer, small_chunk
 def test_packed_chats_follow_each_other_in_full_contexts(tokenizer):
     tokenizer = chat_tokenizer(tokenizer, QWEN)
     conversations = chats()
-    contexts = list(ChatContexts(FromList(conversations), tokenizer, 50, system_prompt="", pack=True))
+    contexts = tokens_of(ChatContexts(FromList(conversations), tokenizer, 50, system_prompt="", pack=True))
     assert {len(context) for context in contexts[:-1]} == {50}
     text = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in conversations)
     assert tokenizer.decode([token for context in contexts for token in context[1:]]) == text
@@ -490,7 +500,7 @@ def test_the_system_prompt_is_removed_from_most_chats(tokenizer):
 
     def texts(seed, **settings):
         contexts = ChatContexts(FromList(conversations), tokenizer, 1000, seed=seed, **settings)
-        return [tokenizer.decode(context[1:]) for context in contexts]
+        return [tokenizer.decode(context.tokens[1:]) for context in contexts]
 
     with_prompt = [text.startswith(QWEN_PROMPT) for text in texts(0)]
     assert 10 <= sum(with_prompt) <= 60  # a tenth of 300
@@ -504,7 +514,7 @@ def test_a_chat_that_the_template_refuses_is_skipped_and_counted(tokenizer):
     conversations = chats(10) + [[{"role": "system", "content": "Be brief."}]]
     contexts = ChatContexts(FromList(conversations), chat_tokenizer(tokenizer, MISTRAL), 1000)
     assert len(list(contexts)) == 10
-    assert contexts.skipped == {"refused by the chat template": 1}
+    assert contexts.skipped == {"refused by the chat template (TemplateError: no system messages)": 1}
 
 
 def test_conversations_are_found_and_checked(tmp_path):
@@ -536,7 +546,7 @@ def mixed(tokenizer, fraction, n=300):
 def test_the_share_of_chats_is_kept_in_tokens(fraction, tokenizer):
     tokenizer = chat_tokenizer(tokenizer, MISTRAL)
     n_tokens = n_chat = 0
-    for i, context in enumerate(mixed(tokenizer, fraction)):
+    for i, (context, _) in enumerate(mixed(tokenizer, fraction)):
         n_tokens += len(context)
         n_chat += len(context) * ("[INST]" in tokenizer.decode(context) or "u" in tokenizer.decode(context))
         assert i < 30 or abs(n_chat / n_tokens - fraction) < 0.05
@@ -554,12 +564,16 @@ def test_the_mix_resumes_and_ends_with_the_first_stream_that_ends(tokenizer):
 # Batches
 
 
+def contexts_of(lists):
+    return FromList([Context(tokens, [0]) for tokens in lists])
+
+
 def test_batches_are_padded_at_the_end_and_masked():
-    batches = list(TextBatches(FromList([[1, 2, 3], [4, 5], [6, 7, 8]]), 2, pad_id=9))
-    (tokens_BL, mask_BL), (last_BL, last_mask_BL) = batches
+    contexts = [Context([1, 2, 3], [0, 2]), Context([4, 5], []), Context([6, 7, 8], [0])]
+    (tokens_BL, mask_BL), (last_BL, last_mask_BL) = TextBatches(FromList(contexts), 2, pad_id=9)
     assert tokens_BL.tolist() == [[1, 2, 3], [4, 5, 9]] and tokens_BL.dtype == torch.int64
-    assert mask_BL.tolist() == [[True] * 3, [True, True, False]] and mask_BL.dtype == torch.bool
-    assert last_BL.tolist() == [[6, 7, 8]] and last_mask_BL.all()
+    assert mask_BL.tolist() == [[MARK, TEXT, MARK], [TEXT, TEXT, PADDING]] and mask_BL.dtype == torch.uint8
+    assert last_BL.tolist() == [[6, 7, 8]] and last_mask_BL.tolist() == [[MARK, TEXT, TEXT]]
     with pytest.raises(ValueError, match="at least 1 context"):
         TextBatches(FromList([]), 0, pad_id=0)
 
@@ -633,8 +647,8 @@ def prefetch_threads():
 
 def test_prefetching_is_invisible_and_leaves_no_thread(tokenizer):
     items = [[1, i] for i in range(1, 40)]
-    straight = [tokens.tolist() for tokens, _ in TextBatches(FromList(items), 2, 0)]
-    batches = Prefetched(TextBatches(FromList(items), 2, 0), depth=3)
+    straight = [tokens.tolist() for tokens, _ in TextBatches(contexts_of(items), 2, 0)]
+    batches = Prefetched(TextBatches(contexts_of(items), 2, 0), depth=3)
     assert [tokens.tolist() for tokens, _ in itertools.islice(batches, 4)] == straight[:4]
     assert batches.state_dict() == {"batches": {"contexts": {"index": 8}}}
     assert len(prefetch_threads()) == 1
@@ -649,7 +663,7 @@ def test_prefetching_is_invisible_and_leaves_no_thread(tokenizer):
 
 
 def test_an_error_of_the_thread_comes_in_its_turn():
-    batches = Prefetched(TextBatches(FromList([[1], [2], 3, [4]]), 1, 0), depth=4)
+    batches = Prefetched(TextBatches(contexts_of([[1], [2], 3, [4]]), 1, 0), depth=4)
     assert next(batches)[0].item() == 1 and next(batches)[0].item() == 2
     for _ in range(2):
         with pytest.raises(TypeError):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dictionary_learning.buffer import MARK, Mask
+from dictionary_learning.buffer import Mask
+from dictionary_learning.data import MARK
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderTopK,

@@ -8,9 +8,12 @@ PACKAGE = Path(__file__).parents[2] / "dictionary_learning"
 # A room imports from the rooms named beside it, and a room is named only below its own line: there is no way back.
 MAY_IMPORT = {
     "files": "",
+    "network": "",
     "kernels": "",
     "dictionary": "",
-    "model": "",
+    "pretrained": "network",
+    "tokenizer": "pretrained",
+    "model": "pretrained tokenizer",
     "data": "",
     "world": "kernels",
     "trainers": "dictionary kernels",
@@ -18,19 +21,22 @@ MAY_IMPORT = {
     "formats": "dictionary files",
     "utils": "formats",
     "state": "files world",
-    "buffer": "world",
+    "buffer": "data world",
     "evaluation": "buffer dictionary model",
     "training": "files formats kernels trainers world",
     "tracking": "files",
     "plotting": "files",
     "model_card": "files plotting",
     "hub": "files model_card",
-    "report": "buffer data dictionary evaluation files formats model plotting tokenizer",
-    "plan": "data model sweep world",
-    "run": "buffer evaluation files formats hub kernels model plan plotting report state sweep tracking training world",
+    "reading": "data model sweep world",
+    "report": "buffer data dictionary files formats model plotting reading tokenizer",
+    "results": "buffer dictionary evaluation files formats model reading sweep world",
+    "plan": "data model reading sweep world",
+    "run": "buffer data files hub kernels model plan plotting reading report results state sweep tracking "
+    "training world",
 }
 # The order in which text walks.
-TEXT = ["stream", "rows", "documents", "chats", "contexts", "batches"]
+TEXT = ["stream", "readers", "sources", "rows", "hub", "documents", "chats", "contexts", "batches"]
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """B texts, L positions, V vocabulary, D activation_dim: every law holds for every family of models."""
 
+import copy
 import json
 import logging
 import shutil
@@ -162,6 +163,7 @@ VERDICTS = {  # of the families that other ways of reading get wrong: a word of 
     "qwen4_exp_text": "no single residual stream",
     "reformer": "no residual stream but a ReformerOutput",
     "roberta is_decoder": None,
+    "rwkv halved": None,  # the stream is halved between two blocks
     "whisper": None,
     "xlm": "does not read",
     "xlnet": "no single residual stream",
@@ -276,6 +278,20 @@ def test_dtype_and_bos_and_pad(tiny_model_folder, tokenizer):
         LanguageModel(Model(), SimpleNamespace(**names | {"eos_token_id": None}), "a model")
 
 
+@pytest.mark.parametrize("last_layer", [None, 0])
+def test_the_generation_config_says_what_separates_documents(last_layer, tiny_model_folder, tokenizer, tmp_path):
+    shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens(
+        {"eos_token": chat.convert_ids_to_tokens(5), "extra_special_tokens": [chat.convert_ids_to_tokens(7)]}
+    )
+    chat.bos_token, chat.chat_template = None, "{{ messages }}" + chat.eos_token + "<|endoftext|>"
+    chat.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    lm = load_model(str(tmp_path), last_layer=last_layer)
+    assert (lm.tokenizer.eos_token_id, lm.bos_id, lm.separator_id, lm.pad_id) == (5, 7, 7, 7)
+
+
 def test_the_built_in_model():
     shape = model_shape("tiny-python")
     lm = load_model("tiny-python", last_layer=0)
@@ -299,7 +315,7 @@ def test_a_layer_that_is_not_there(tiny_model_folder):
 
 def test_the_list_of_blocks_says_how_many_there_are(tokenizer):
     assert LanguageModel(Model(n_blocks=2), tokenizer, "a model").n_layers == 2  # its config says 3
-    with pytest.raises(ValueError, match="no list of layers in 'a model'"):
+    with pytest.raises(ValueError, match="cannot load 'a model': its decoder has no list of layers"):
         LanguageModel(Model(n_blocks=0), tokenizer, "a model")
 
 
@@ -334,7 +350,7 @@ def replaced(block: int, forward):
             "once and in order, layer 0 runs after layer 0",
         ),
         (
-            lambda: Model(wiring=lambda blocks, x: blocks[1](2 * blocks[0](x))),
+            lambda: Model(wiring=lambda blocks, x: blocks[1](x + blocks[0](x))),
             "layer 1 does not read what layer 0 returns",
         ),
         (lambda: Model(wiring=lambda blocks, x: x), "text runs none of its layers"),
@@ -445,6 +461,7 @@ def test_a_folder_without_weights_or_tokenizer(tiny_model_folder, tmp_path):
             ),
             24,
         ),
+        ("rwkv", dict(hidden_size=D, num_hidden_layers=2, vocab_size=V, context_length=20), 20),
         ("bloom", FAMILIES["bloom"], None),
         ("gpt_neox", SIZES | dict(max_position_embeddings=-1), None),
     ],
@@ -503,6 +520,15 @@ def test_what_the_hub_refuses_is_said_inone_sentence(cause, message):
     error_class = getattr(errors, cause)
     with pytest.raises(ValueError, match=message), one_sentence("a/b"):
         raise OSError("a long story\nof many lines") from error_class.__new__(error_class)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_want_of_memory_is_not_blamed_on_the_model(error, tokenizer):
+    def forward(own, x_BLD):
+        raise error
+
+    with pytest.raises(error):
+        LanguageModel(replaced(1, forward), tokenizer, "a model")
 
 
 def test_a_device_that_is_not_there(monkeypatch):

@@ -13,8 +13,6 @@ from dictionary_learning.plotting import (
     density_figure,
     pareto_figure,
     read_runs,
-    setting_text,
-    settings_that_vary,
     training_figure,
 )
 
@@ -151,14 +149,6 @@ def test_densities_that_are_broken_are_counted_and_stop_no_other(tmp_path):
     assert len(figure.axes[0].lines) == 1
     (tmp_path / "resid_post_layer_1" / "trainer_0" / "density.safetensors").unlink()
     assert "not drawn: 3 of 3 SAEs" in texts(density_figure(read_runs([tmp_path])[0]))
-
-
-def test_seed_and_learning_rate_are_told_where_they_differ():
-    trainers = [{"seed": 0, "lr": 1e-3}, {"seed": 1, "lr": 1e-3}, {"seed": None, "lr": 1e-3}]
-    assert settings_that_vary(trainers) == {"seed": "seed"}
-    assert settings_that_vary([{"seed": 0, "lr": 1e-3}, {"seed": 0, "lr": 3e-4}]) == {"lr": "learning rate"}
-    assert settings_that_vary(trainers[:1]) == {} == settings_that_vary([])
-    assert [setting_text(value) for value in (0, 3e-4, None)] == ["0", "0.0003", "–"]
 
 
 def test_numbers_that_are_not_finite_are_no_numbers(tmp_path):

@@ -12,6 +12,7 @@ from hub_server import Repo
 from safetensors.torch import load_file, save_file
 
 from dictionary_learning.model import BUILT_IN, load_model, load_tokenizer, model_identity, model_shape
+from dictionary_learning.pretrained import _say_offline
 
 NAME = "alice/tiny"
 
@@ -44,10 +45,13 @@ def out_of_reach(server, monkeypatch, how: str) -> None:
 
 @pytest.mark.parametrize("revision", [None, "main"])
 @pytest.mark.parametrize("how", ["fails", "is gone"])
-def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, monkeypatch):
+def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, monkeypatch, capsys):
+    _say_offline.cache_clear()
     first = load_model(NAME, revision=revision)
     identity = model_identity(NAME, revision)
     assert identity == {"id": NAME, "commit": model_on_the_hub.repos[NAME].head}
+    for marks in Path(huggingface_hub.constants.HF_HUB_CACHE).rglob(".no_exist"):
+        shutil.rmtree(marks)  # as after `hf download`: the cache does not know which files there are not
     out_of_reach(model_on_the_hub, monkeypatch, how)
     model_on_the_hub.requests.clear()
     again = load_model(NAME, revision=revision)
@@ -57,6 +61,7 @@ def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_
     assert load_tokenizer(NAME, revision)("In 2023").input_ids == first.tokenizer("In 2023").input_ids
     assert model_shape(NAME, revision=revision).n_layers == 4
     assert model_identity(NAME, revision) == identity
+    assert capsys.readouterr().err.count("the Hub cannot be reached: alice/tiny is looked for in the local cache") == 1
 
 
 @pytest.mark.parametrize("how", ["fails", "is gone"])
@@ -133,6 +138,15 @@ def test_weights_of_other_sizes_than_the_config_says(model_folder):
         ValueError, match=r"do not fit its config.json: gpt_neox.* is \[16, 32\] where the config says \[16, 48\]"
     ):
         load_model(str(model_folder), last_layer=2)
+
+
+def test_a_gguf_repo_on_the_hub(server):
+    server.repos[NAME] = Repo(private=False, files={"model.Q4_K_M.gguf": b"GGUF"}, commits=["the model"])
+    for function in [load_model, model_shape]:
+        with pytest.raises(ValueError, match=f"cannot load '{NAME}': GGUF files cannot be read"):
+            function(NAME)
+        with pytest.raises(ValueError, match="cannot load 'alice/nothing': it is neither a folder here nor a model on"):
+            function("alice/nothing")
 
 
 REMOTE = """

@@ -13,9 +13,9 @@ import torch
 
 from dictionary_learning import report
 from dictionary_learning.dictionary import AutoEncoder, AutoEncoderTopK
-from dictionary_learning.evaluation import evaluation_text
 from dictionary_learning.formats import save_sae
 from dictionary_learning.model import load_model
+from dictionary_learning.reading import evaluation_text
 from dictionary_learning.report import (
     LatentStatistics,
     logit_effects,

@@ -1,6 +1,8 @@
 """Token ids are those of the model's tokenizer.json, and the tokens that mark texts are those of pre-training."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -155,6 +157,13 @@ def test_what_the_file_and_the_config_say_beside_the_ids_is_kept(tmp_path):
     assert [len(ids) for ids in loaded(["x" * 50, "x"]).input_ids] == [50, 1]  # neither cut nor padded
 
 
+def test_roles_that_only_the_class_knows_are_kept(tmp_path):
+    folder = folder_of(tmp_path, bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)), "gpt2", model_max_length=64)
+    tokenizer = load_tokenizer(folder)  # as GPT-2's own folder, which names no special token
+    assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == Tokenizer.from_file(f"{folder}/tokenizer.json").token_to_id("<|endoftext|>")
+
+
 def test_an_alphabet_without_the_latin_letters_is_a_tokenizer(tmp_path):
     tokenizer = Tokenizer(models.BPE({"[UNK]": 0, "A": 1, "C": 2, "G": 3, "T": 4}, [], unk_token="[UNK]"))
     tokenizer.add_special_tokens(["[UNK]"])
@@ -224,9 +233,6 @@ def test_an_ordinary_token_of_the_generation_config_separates_nothing(tmp_path):
 def test_a_token_beyond_the_embedding_is_one_sentence_before_weights_are_read(
     kind, tokenizer, tiny_model_folder, tmp_path
 ):
-    import copy
-    import shutil
-
     shutil.copytree(tiny_model_folder, tmp_path, dirs_exist_ok=True)
     grown = copy.deepcopy(tokenizer)
     if kind == "pad":
