@@ -244,7 +244,8 @@ print(*sorted(operations))
 
 # none of them waits for the device, or has a shape that depends on data
 ASYNCHRONOUS = set(
-    "_to_copy arange cumsum detach empty empty_like new_empty new_zeros searchsorted select sub sum view zeros".split()
+    "_to_copy arange cumsum detach empty empty_like new_empty new_zeros searchsorted select sqrt sub sum view "
+    "zeros".split()
 )
 
 
