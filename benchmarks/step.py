@@ -7,7 +7,7 @@
 Every contestant runs in a process of its own, one after the other takes its turn, so that whatever slows the machine
 slows all.  In a turn the first step finds the caches cold and does not count; then come as many as take about two
 seconds, as in a training loop.
-`--peer NAME=WHERE`: a folder with the package (reference) or the Python of an environment that has it (saelens,
+`--peer NAME=WHERE`: a folder with the package, or the Python of an environment that has it (for reference, saelens,
 sparsify).  `matmul` is the bare encoder matmul x E^T of the same shape and dtype.
 
 The table: median seconds a step, the spread (interquartile range over median), the ratio to `ours` in the same round
@@ -194,13 +194,9 @@ def compete(contestant: str, architecture: str, D: int, F: int, B: int, k: int, 
 
 
 def enter(name: str, where: str | None, arguments: list[str]) -> contest.Contestant:
-    path, python = contest.ROOT, sys.executable
-    if where is not None and Path(where).is_dir():
-        path = Path(where).resolve()
-    elif where is not None:
-        python = where
+    path, python = contest.place(where)
     command = [__file__, "--contestant", name, *arguments]
-    return contest.Contestant(name, command, path if name in ("ours", "reference") else "", python)
+    return contest.Contestant(name, command, contest.ROOT if name == "ours" else path, python)
 
 
 def compare(
