@@ -5,6 +5,7 @@ Also the reference, the package dictionary-learning 0.1.0, where what it imports
 """
 
 import argparse
+import importlib
 import importlib.abc
 import importlib.machinery
 import json
@@ -93,6 +94,13 @@ def place(where: str | None) -> tuple[Path | str, str]:
     if where is None:
         return "", sys.executable
     return (Path(where).resolve(), sys.executable) if Path(where).is_dir() else ("", where)
+
+
+def import_sparsify(device: str) -> Any:
+    """The package; on the CPU without its Triton kernels, which it takes wherever Triton can be imported."""
+    if device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    return importlib.import_module("sparsify")
 
 
 @contextmanager

@@ -48,7 +48,6 @@ before the contestants start, so that whatever they measure at their start they 
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -179,7 +178,8 @@ def make_work(plan: Any, args: argparse.Namespace, folder: str) -> dict[str, Any
         raise SystemExit(f"a run of {steps} steps is too short: give more --num_tokens")
     tokenizer = load_tokenizer(plan.model_name)
     text = plan.open_text(tokenizer, evaluation=False)
-    n_batches = math.ceil(steps * sweep.sae_batch_size / (sweep.llm_batch_size * sweep.context_length))
+    n_tokens = (steps + NORM_BATCHES) * sweep.sae_batch_size + sweep.buffer_tokens  # so that nobody begins again
+    n_batches = math.ceil(n_tokens / (sweep.llm_batch_size * sweep.context_length))
     tokens_NL = torch.cat([next(text)[0] for _ in range(n_batches)])
     text.close()
     torch.save(tokens_NL, f"{folder}/tokens")
@@ -329,13 +329,11 @@ class PacedDataset:
 
 
 def sparsify(work: dict[str, Any]) -> None:
-    if work["device"] == "cpu":
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # which it would use, where triton can be imported
-    from sparsify import SaeConfig, TrainConfig, Trainer, trainer  # pyright: ignore[reportMissingImports]
     from tqdm import tqdm
     from transformers import AutoModel
 
-    trainer.tqdm = lambda **options: tqdm(**options | {"disable": True})
+    package = contest.import_sparsify(work["device"])
+    package.trainer.tqdm = lambda **options: tqdm(**options | {"disable": True})
     clock = Clock(work["device"])
     (config,) = work["configs"]
     model = AutoModel.from_pretrained(work["model"], dtype=torch.float32).to(work["device"])
@@ -344,8 +342,8 @@ def sparsify(work: dict[str, Any]) -> None:
     clock.time_between(model.get_input_embeddings(), block, "batches", "LLM")
     clock.time_between(after, model.final_layer_norm, "batches", "LLM")
     n_contexts = work["buffer"]["out_batch_size"] // work["buffer"]["ctx_len"]
-    train_config = TrainConfig(
-        SaeConfig(num_latents=config["dict_size"], k=config["k"]),
+    train_config = package.TrainConfig(
+        package.SaeConfig(num_latents=config["dict_size"], k=config["k"]),
         batch_size=n_contexts,
         layers=[work["layer"]],
         optimizer="adam",
@@ -354,7 +352,7 @@ def sparsify(work: dict[str, Any]) -> None:
         save_every=work["steps"] + 2,  # never
         log_to_wandb=False,
     )
-    Trainer(train_config, PacedDataset(contexts(work), n_contexts, work, clock), model).fit()
+    package.Trainer(train_config, PacedDataset(contexts(work), n_contexts, work, clock), model).fit()
 
 
 def floor(plan: Any, work: dict[str, Any]) -> None:

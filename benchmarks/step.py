@@ -130,9 +130,9 @@ def saelens_step(architecture: str, D: int, F: int, k: int, x_BD: torch.Tensor):
 
 def sparsify_step(D: int, F: int, k: int, x_BD: torch.Tensor):
     """What sparsify's trainer does in a step, with Adam."""
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k), device=str(x_BD.device), dtype=torch.float32)
+    sparsify, device = contest.import_sparsify(x_BD.device.type), str(x_BD.device)
+    config = sparsify.SparseCoderConfig(num_latents=F, k=k)
+    sae = sparsify.SparseCoder(D, config, device=device, dtype=torch.float32)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
 
     def step(i: int) -> None:
