@@ -333,7 +333,7 @@ def sparsify(work: dict[str, Any]) -> None:
     from transformers import AutoModel
 
     package = contest.import_sparsify(work["device"])
-    package.trainer.tqdm = lambda **options: tqdm(**options | {"disable": True})
+    package.trainer.tqdm = lambda **options: tqdm(disable=True)  # it would show its bar whatever TQDM_DISABLE says
     clock = Clock(work["device"])
     (config,) = work["configs"]
     model = AutoModel.from_pretrained(work["model"], dtype=torch.float32).to(work["device"])
