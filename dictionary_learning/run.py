@@ -185,9 +185,9 @@ def train(
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
     autocast = getattr(torch, plan.autocast)
-    workers = sweep.sae_threads or choose_workers(
-        [plan.configs[i] for i in mine], sweep.sae_batch_size, autocast, plan.device, shard
-    )
+    configs = [plan.configs[i] for i in mine]
+    workers = sweep.sae_threads or choose_workers(configs, sweep.sae_batch_size, autocast, plan.device, shard)
+    workers = min(world.gather(workers))  # the same way on every rank, as the state records one
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:
