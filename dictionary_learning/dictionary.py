@@ -3,12 +3,13 @@
 Parameter names, shapes and initial draws are those of the reference, so its files and seeds carry over.  Storage is one
 layout for all: the rows of `encoder_FD` and `decoder_FD` are contiguous, one row a latent.
 
-B tokens (any leading shape), D activation_dim, F dict_size, G groups.
+B tokens (any leading shape), D activation_dim, E output_dim (D unless it is a transcoder), F dict_size, G groups.
 """
 
 import math
+from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,20 @@ class Dictionary(nn.Module):
     def decode(self, f_BF: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def like_weights(self, x_BD: Tensor) -> Tensor:
+        """In the weights' dtype: activations come as the language model has them."""
+        return x_BD.to(self.encoder_FD.dtype)
+
     def forward(self, x_BD: Tensor, output_features: bool = False):
         """x_hat_BD, or (x_hat_BD, f_BF) with `output_features`."""
         f_BF = self.encode(x_BD)
         x_hat_BD = self.decode(f_BF)
         return (x_hat_BD, f_BF) if output_features else x_hat_BD
+
+    @property
+    def output_dim(self) -> int:
+        """The width of x_hat: that of x, but for transcoders."""
+        return self.activation_dim
 
     @property
     def encoder_FD(self) -> Tensor:
@@ -58,13 +68,15 @@ class Dictionary(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        """The module a state dict belongs to, with its weights; strict."""
+        """The module a state dict belongs to, in float32; strict.  It takes the tensors over and copies none."""
         if "W_dec" in state:
             dict_size, activation_dim = state["W_dec"].shape
         else:
             activation_dim, dict_size = state["decoder.weight"].shape
-        sae = cls(activation_dim, dict_size, **cls._settings(state))
-        sae.load_state_dict(state)
+        with torch.device("meta"):  # nothing is drawn, nothing takes memory
+            sae = cls(activation_dim, dict_size, **cls._settings(state))
+        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        sae.load_state_dict(floats, assign=True)
         return sae
 
     @classmethod
@@ -104,6 +116,11 @@ def unit_rows(weight_FD: Tensor, eps: float = 0.0) -> Tensor:
     return weight_FD / norm_F1.clamp(min=torch.finfo(weight_FD.dtype).tiny)
 
 
+def _check_k(k: Any, dict_size: int) -> None:
+    if not (isinstance(k, int) and 0 < k <= dict_size):
+        raise ValueError(f"k must be a positive integer of at most dict_size {dict_size}, not {k!r}.")
+
+
 class AutoEncoder(Dictionary):
     """ReLU SAE with a pre-encoder bias: f = relu(W_e (x - b) + b_e), x_hat = W_d f + b.
 
@@ -127,7 +144,7 @@ class AutoEncoder(Dictionary):
         self.decoder.weight = _rows(w_DF)
 
     def encode(self, x_BD: Tensor) -> Tensor:
-        return torch.relu(self.encoder(x_BD - self.bias))
+        return torch.relu(self.encoder(self.like_weights(x_BD) - self.bias))
 
     def decode(self, f_BF: Tensor) -> Tensor:
         return self.decoder(f_BF) + self.bias
@@ -185,7 +202,7 @@ class AutoEncoderNew(Dictionary):
         nn.init.zeros_(self.decoder.bias)
 
     def encode(self, x_BD: Tensor) -> Tensor:
-        return torch.relu(self.encoder(x_BD))
+        return torch.relu(self.encoder(self.like_weights(x_BD)))
 
     def decode(self, f_BF: Tensor) -> Tensor:
         return self.decoder(f_BF)
@@ -223,7 +240,7 @@ class GatedAutoEncoder(Dictionary):
 
     def gate_and_features(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(relu of the gate's pre-activation, f), both BF: penalty and auxiliary loss see the first."""
-        u_BF = self.encoder(x_BD - self.decoder_bias)
+        u_BF = self.encoder(self.like_weights(x_BD) - self.decoder_bias)
         pi_gate_BF = u_BF + self.gate_bias
         pi_mag_BF = self.r_mag.exp() * u_BF + self.mag_bias
         return torch.relu(pi_gate_BF), torch.where(pi_gate_BF > 0, torch.relu(pi_mag_BF), 0)
@@ -278,6 +295,7 @@ class JumpReluAutoEncoder(MatrixDictionary):
         self.threshold = nn.Parameter(torch.full((dict_size,), 0.001))
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.like_weights(x_BD)
         if self.apply_b_dec_to_input:
             x_BD = x_BD - self.b_dec
         return x_BD @ self.W_enc + self.b_enc
@@ -303,8 +321,7 @@ class TopKDictionary(Dictionary):
     b_dec: nn.Parameter
 
     def _add_buffers(self, k: int) -> None:
-        if not (isinstance(k, int) and k > 0):
-            raise ValueError(f"k must be a positive integer, not {k!r}.")
+        _check_k(k, self.dict_size)
         self.register_buffer("k", torch.tensor(k, dtype=torch.int))
         self.register_buffer("threshold", torch.tensor(-1.0))
 
@@ -318,7 +335,8 @@ class TopKDictionary(Dictionary):
 
     def encode(self, x_BD: Tensor, use_threshold: bool | None = None) -> Tensor:
         """f_BF by the threshold (the default once it is recorded) or, with False, by exact top-k."""
-        post_relu_BF = torch.relu(linear(x_BD - self.b_dec, self.encoder_FD, self.encoder_bias_F))
+        x_BD = self.like_weights(x_BD) - self.b_dec
+        post_relu_BF = torch.relu(linear(x_BD, self.encoder_FD, self.encoder_bias_F))
         if use_threshold is None:
             use_threshold = bool(self.threshold >= 0)
         if use_threshold:
@@ -399,7 +417,7 @@ class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self._add_buffers(k)
         self.register_buffer("group_sizes", torch.tensor(group_sizes))
-        self.group_ends = torch.tensor(group_sizes).cumsum(0).tolist()
+        self.group_ends = list(accumulate(group_sizes))
         self.active_groups = len(group_sizes)
         w_FD = torch.empty(dict_size, activation_dim)
         nn.init.kaiming_uniform_(w_FD, generator=generator)
@@ -423,6 +441,262 @@ class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):
         if end == self.dict_size:
             return f_BF
         return torch.where(torch.arange(self.dict_size, device=f_BF.device) < end, f_BF, 0)
+
+
+class GeneralSAE(MatrixDictionary):
+    """The form of all published SAEs and transcoders, for those that none of the classes above computes.
+
+        f = act((n(x) - pre_bias) W_enc + b_enc)        x_hat = undo(f W_dec + b_dec) + x W_skip
+
+    n and its undoing see one token: "none"; "layer_norm": less the mean of its entries, over their standard deviation;
+    "constant_norm": to norm sqrt(D).  act is one of `ACTIVATIONS`, or "gated": 1[u + b_gate > 0] relu(exp(r_mag) u +
+    b_enc) with u = (n(x) - pre_bias) W_enc.
+
+    tensors: W_enc (D, F), W_dec (F, E), b_enc (F), b_dec (E), and where there is one: pre_bias (D), W_skip (D, E),
+    threshold (F), rank (F; what pre-activations are multiplied by to find the k largest), b_gate, r_mag (F).
+    """
+
+    ACTIVATIONS = ("relu", "jump_relu", "top_k", "signed_top_k", "abs_top_k", "batch_top_k", "group_max", "gated")
+    NORMALIZERS = ("none", "layer_norm", "constant_norm")
+    biases = ("b_enc", "b_dec", "pre_bias", "threshold", "b_gate")
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+    pre_bias: Any  # these are a parameter or None
+    W_skip: Any
+    threshold: Any
+    rank: Any
+    b_gate: Any
+    r_mag: Any
+    k: Any  # an integer or None
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        activation: str = "relu",
+        k: int | None = None,
+        normalize: str = "none",
+        undo: bool = True,
+    ):
+        super().__init__()
+        assert activation in self.ACTIVATIONS and normalize in self.NORMALIZERS
+        self.activation, self.k, self.normalize, self.undo = activation, k, normalize, undo
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "pre_bias", "W_skip", "threshold", "rank", "b_gate", "r_mag"):
+            self.register_parameter(name, nn.Parameter(tensors[name]) if name in tensors else None)
+        self.activation_dim, self.dict_size = self.W_enc.shape
+        if "top_k" in activation or activation == "group_max":
+            _check_k(k, self.dict_size)
+
+    @property
+    def output_dim(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether `decode` needs the activations that were encoded."""
+        return self.W_skip is not None or (self.normalize != "none" and self.undo)
+
+    def _moments(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """What a token is lessened by and divided by, both B1."""
+        if self.normalize == "layer_norm":
+            return x_BD.mean(-1, keepdim=True), x_BD.std(-1, keepdim=True)
+        norm_B1 = x_BD.norm(dim=-1, keepdim=True)
+        return torch.zeros_like(norm_B1), norm_B1 / math.sqrt(self.activation_dim)
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.like_weights(x_BD)
+        if self.normalize != "none":
+            mean_B1, scale_B1 = self._moments(x_BD)
+            # the published layer norms add their eps to the deviation, and do not when they undo it
+            eps = 1e-5 if self.normalize == "layer_norm" else torch.finfo(x_BD.dtype).tiny
+            x_BD = (x_BD - mean_B1) / (scale_B1 + eps)
+        if self.pre_bias is not None:
+            x_BD = x_BD - self.pre_bias
+        if self.activation == "gated":
+            u_BF = x_BD @ self.W_enc
+            return torch.where(u_BF + self.b_gate > 0, torch.relu(self.r_mag.exp() * u_BF + self.b_enc), 0)
+        return self._activate(x_BD @ self.W_enc + self.b_enc)
+
+    def _activate(self, pre_BF: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return torch.relu(pre_BF)
+        if self.activation == "jump_relu":
+            return torch.relu(torch.where(pre_BF > self.threshold, pre_BF, 0))
+        signed = self.activation in ("signed_top_k", "abs_top_k")
+        value_BF = pre_BF if signed else torch.relu(pre_BF)
+        if self.activation == "group_max":  # of k groups of neighbours, the largest of each
+            value_BGf = value_BF.unflatten(-1, (self.k, -1))
+            top = value_BGf.max(-1, keepdim=True)
+            return torch.zeros_like(value_BGf).scatter(-1, top.indices, top.values).flatten(-2)
+        score_BF = value_BF.abs() if self.activation == "abs_top_k" else value_BF
+        if self.rank is not None:
+            score_BF = score_BF * self.rank
+        k, shape = self.k, value_BF.shape
+        if self.activation == "batch_top_k":
+            k, value_BF, score_BF = k * value_BF[..., 0].numel(), value_BF.flatten(), score_BF.flatten()
+        top = score_BF.topk(k, dim=-1, sorted=False).indices
+        return torch.zeros_like(value_BF).scatter(-1, top, value_BF.gather(-1, top)).view(shape)
+
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        """x_hat_BE; ValueError without the activations that were encoded, where `needs_input`."""
+        y_BE = f_BF @ self.W_dec + self.b_dec
+        if not self.needs_input:
+            return y_BE
+        if x_BD is None:
+            raise ValueError("this SAE decodes with what it encoded: call decode(f, x).")
+        x_BD = self.like_weights(x_BD)
+        if self.normalize != "none" and self.undo:
+            mean_B1, scale_B1 = self._moments(x_BD)
+            y_BE = y_BE * scale_B1 + mean_B1
+        return y_BE if self.W_skip is None else y_BE + x_BD @ self.W_skip
+
+    def forward(self, x_BD: Tensor, output_features: bool = False):
+        f_BF = self.encode(x_BD)
+        y_BE = self.decode(f_BF, x_BD)
+        return (y_BE, f_BF) if output_features else y_BE
+
+    @torch.no_grad()
+    def scale_biases(self, scale: float) -> None:
+        """As the base.  Where the input is normalised, features do not scale, and the output does by itself."""
+        if self.normalize == "none":
+            for name in self.biases:
+                if getattr(self, name) is not None:
+                    getattr(self, name).mul_(scale)
+        elif not self.undo:
+            self.W_dec.mul_(scale)
+            self.b_dec.mul_(scale)
+
+    @classmethod
+    @torch.no_grad()
+    def folded(
+        cls,
+        tensors: dict[str, Tensor],
+        activation: str = "relu",
+        k: int | None = None,
+        *,
+        normalize: str = "none",
+        undo: bool = True,
+        subtracts_b_dec: bool = False,
+        scale_in: float = 1.0,
+        scale_out: float = 1.0,
+        decoder_norm: str | None = None,
+    ) -> "GeneralSAE":
+        """The form of tensors as they lie in a file, which are taken over and changed; ValueError if they do not fit.
+
+        tensors: as in the class, b_enc and b_dec 0 by default, threshold of one entry or F, and more: log_threshold,
+        latent_scale (F; features are multiplied by it before they are decoded).
+        subtracts_b_dec: b_dec is the pre_bias as well.
+        scale_in, scale_out: the file's SAE takes scale_in x and predicts scale_out times its target; the features stay.
+        decoder_norm: "unit" where the file's features are those of a unit-norm decoder: pre-activations are multiplied
+        by the decoder's norms, features are divided by them; "ranks" where this is done to select features only.
+        """
+        tensors = dict(tensors)
+        W_enc_DF, W_dec_FE = tensors["W_enc"], tensors["W_dec"]
+        if W_enc_DF.ndim != 2 or W_dec_FE.ndim != 2:
+            raise ValueError(f"its encoder is {_shape(W_enc_DF)} and its decoder {_shape(W_dec_FE)}, not matrices")
+        (n_in, dict_size), n_out = W_enc_DF.shape, W_dec_FE.shape[1]
+        tensors.setdefault("b_enc", torch.zeros(dict_size))
+        tensors.setdefault("b_dec", torch.zeros(n_out))
+        if "log_threshold" in tensors:
+            tensors["threshold"] = tensors.pop("log_threshold").exp()
+        if "threshold" in tensors and tensors["threshold"].numel() == 1:
+            tensors["threshold"] = tensors["threshold"].reshape(1).expand(dict_size).clone()
+        if subtracts_b_dec:
+            tensors["pre_bias"] = tensors["b_dec"].clone()
+        shapes = {"W_enc": (n_in, dict_size), "W_dec": (dict_size, n_out), "W_skip": (n_in, n_out)}
+        shapes |= {"b_dec": (n_out,), "pre_bias": (n_in,)}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes.get(name, (dict_size,)):
+                raise ValueError(
+                    f"its {name} is {_shape(tensor)}, which does not fit an encoder of {n_in} x {dict_size} "
+                    f"and a decoder of {_shape(W_dec_FE)}"
+                )
+        if decoder_norm is not None:
+            norm_F = W_dec_FE.norm(dim=1)
+            if activation == "jump_relu" and decoder_norm == "ranks":
+                # a latent without direction has no features: its pre-activation is 0 times its own
+                tensors["threshold"] /= torch.where(norm_F > 0, norm_F, 1)
+                W_enc_DF *= norm_F > 0
+                tensors["b_enc"] *= norm_F > 0
+            elif decoder_norm == "ranks":
+                tensors["rank"] = norm_F
+            else:
+                W_enc_DF *= norm_F
+                tensors["b_enc"] *= norm_F
+                W_dec_FE /= torch.where(norm_F > 0, norm_F, 1)[:, None]
+        if "latent_scale" in tensors:
+            W_dec_FE *= tensors.pop("latent_scale")[:, None]
+        if scale_in != 1:
+            W_enc_DF *= scale_in
+            if "pre_bias" in tensors:
+                tensors["pre_bias"] /= scale_in
+            if "W_skip" in tensors:
+                tensors["W_skip"] *= scale_in / scale_out
+        if scale_out != 1:
+            W_dec_FE /= scale_out
+            tensors["b_dec"] /= scale_out
+        return cls(tensors, activation, k, normalize, undo)
+
+    def simplest(self) -> Dictionary:
+        """The class above that computes the same features and outputs with the same tensors, or else itself."""
+        subtracts = self.pre_bias is not None and torch.equal(self.pre_bias, self.b_dec)
+        same_place = self.output_dim == self.activation_dim and self.W_skip is None and self.normalize == "none"
+        if not same_place or self.rank is not None or (self.pre_bias is not None and not subtracts):
+            return self
+        own = self.state_dict()
+        linears = {"encoder.weight": own["W_enc"].T, "decoder.weight": own["W_dec"].T}
+        if self.activation == "relu":
+            bias = "bias" if subtracts else "decoder.bias"
+            state = {**linears, "encoder.bias": own["b_enc"], bias: own["b_dec"]}
+            return (AutoEncoder if subtracts else AutoEncoderNew).from_state(state)
+        if self.activation == "jump_relu":
+            sae = JumpReluAutoEncoder.from_state({name: own[name] for name in own if name != "pre_bias"})
+            sae.apply_b_dec_to_input = subtracts
+            return sae
+        if self.activation == "gated" and subtracts:
+            gates = {"r_mag": own["r_mag"], "gate_bias": own["b_gate"], "mag_bias": own["b_enc"]}
+            return GatedAutoEncoder.from_state({**linears, **gates, "decoder_bias": own["b_dec"]})
+        if self.activation in ("top_k", "batch_top_k") and subtracts:
+            k = {"k": torch.tensor(self.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+            state = {**linears, **k, "encoder.bias": own["b_enc"], "b_dec": own["b_dec"]}
+            return (AutoEncoderTopK if self.activation == "top_k" else BatchTopKSAE).from_state(state)
+        return self
+
+    @torch.no_grad()
+    def converted(self) -> Dictionary:
+        """The class above with the same outputs, its features in units of decoder norms where these rank them, and what
+        is subtracted from the input moved into other biases; ValueError if none has them."""
+        tensors = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        rank_F = tensors.pop("rank", None)
+        if rank_F is not None:
+            tensors["W_enc"] *= rank_F
+            tensors["b_enc"] *= rank_F
+            tensors["W_dec"] /= torch.where(rank_F > 0, rank_F, 1)[:, None]
+        shift_D = tensors.pop("pre_bias", torch.zeros(self.activation_dim))
+        if self.activation in ("gated", "top_k", "batch_top_k") and self.output_dim == self.activation_dim:
+            tensors["pre_bias"] = tensors["b_dec"].clone()
+            shift_D = shift_D - tensors["b_dec"]
+        if shift_D.any():
+            shift_F = shift_D @ tensors["W_enc"]
+            if self.activation == "gated":
+                tensors["b_gate"] -= shift_F
+                shift_F = tensors["r_mag"].exp() * shift_F
+            tensors["b_enc"] -= shift_F
+        sae = type(self)(tensors, self.activation, self.k, self.normalize, self.undo).simplest()
+        if isinstance(sae, GeneralSAE):
+            traits = [self.activation.replace("_", "-")]
+            traits += [f"{self.normalize} of its input"] if self.normalize != "none" else []
+            traits += ["a skip"] if self.W_skip is not None else []
+            traits += (
+                [f"{self.activation_dim} in and {self.output_dim} out"]
+                if self.output_dim != self.activation_dim
+                else []
+            )
+            raise ValueError(f"no class of ours computes it ({', '.join(traits)}).")
+        return sae
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
 
 
 class IdentityDict(Dictionary):

@@ -9,10 +9,12 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -101,24 +103,6 @@ def rewind_jsonl(path: str | Path, step: int) -> None:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_pt(path: Path) -> Any:
-    """What `torch.save` wrote, weights only, on the CPU.
-
-    Torch does not look at the checksums in its own files and would let a flipped bit of a weight pass.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage surfaces as any of a dozen types
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or was not written by torch.save as plain tensors ({reason}); restore it from a copy."
-        ) from error
-
-
 def size_and_sum(path: Path) -> list:
     """[bytes, sha256] of a file."""
     with open(path, "rb") as file:
@@ -129,7 +113,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -138,13 +122,106 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata={"sha256": _digest(tensors)}))
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, plain data only; ValueError if there is none."""
+    import yaml
+
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            expected = (file.metadata() or {}).get("sha256")
-        if expected not in (None, _digest(tensors)):
-            raise ValueError("its checksum is wrong")
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML ({_line(error)}); restore it from a copy.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a YAML mapping, not {type(value).__name__}; restore it from a copy.")
+    return value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class TensorFile:
+    """The tensors of a .safetensors, .npz or torch.save file, each read when it is asked for, floats as float32.
+
+    Large float32 tensors are mapped.  All others are copied, those of half precision piece by piece and from a file
+    opened anew for each, as the pages that were read stay in memory until it is closed: reading all tensors takes no
+    more memory than they have in float32.  What torch.save nested has dotted names ("ae.b_dec").
+
+    values: what stands in a torch.save file beside the tensors.  ValueError for damage, and for what is no such file.
+    """
+
+    MAPPED = 2**26  # entries; a smaller tensor is copied, so that nothing that happens to its file can reach it
+    PIECE = 2**24  # entries
+
+    def __init__(self, path: str | Path):
+        self.path, self.values, self.names = Path(path), {}, set[str]()
+        with self._told():
+            if self.path.suffix == ".safetensors":
+                with safe_open(self.path, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                    checksum = (file.metadata() or {}).get("sha256")
+                if checksum is not None and checksum != _digest(tensors):
+                    raise ValueError("its checksum is wrong")
+                self.names = set(tensors)
+            elif self.path.suffix == ".npz":
+                with np.load(self.path, allow_pickle=False) as file:
+                    self.names = set(file.files)
+            else:
+                # torch does not look at the checksums in its own files and would let a flipped bit of a weight pass
+                with zipfile.ZipFile(self.path) as file:
+                    damaged = file.testzip()
+                if damaged is not None:
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+                self.names = set(self._unpickled(self.values))
+
+    def read(self, name: str) -> Tensor:
+        with self._told():
+            tensor = self._open(name)
+            if not tensor.is_floating_point():
+                return tensor.clone()
+            if tensor.dtype == torch.float32:
+                return tensor if self.path.suffix == ".npz" or tensor.numel() >= self.MAPPED else tensor.clone()
+            if tensor.numel() <= self.PIECE or self.path.suffix == ".npz":
+                return tensor.float()
+            whole, rows = torch.empty(tensor.shape), max(1, self.PIECE // tensor[0].numel())
+            for start in range(0, len(whole), rows):
+                del tensor
+                tensor = self._open(name)
+                whole[start : start + rows] = tensor[start : start + rows]
+            return whole
+
+    def _open(self, name: str) -> Tensor:
+        if self.path.suffix == ".safetensors":
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)
+        if self.path.suffix == ".npz":
+            with np.load(self.path, allow_pickle=False) as file:
+                return torch.from_numpy(file[name])
+        return self._unpickled({})[name]
+
+    def _unpickled(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Names to tensors; what is none goes into `values`."""
+        content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds no tensors by name but a {type(content).__name__}")
+        tensors: dict[str, Tensor] = {}
+
+        def walk(prefix: str, inner: dict) -> None:
+            for key, value in inner.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{prefix}{key}"] = value.detach()
+                elif isinstance(value, dict):
+                    walk(f"{prefix}{key}.", value)
+                else:
+                    values[f"{prefix}{key}"] = value
+
+        walk("", content)
         return tensors
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy.") from error
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        kind = {".safetensors": "not a safetensors file", ".npz": "not a file of numpy.savez"}
+        kinds = kind.get(self.path.suffix, "was not written by torch.save as plain tensors")
+        try:
+            yield
+        except Exception as error:  # damage surfaces as any of a dozen types
+            raise ValueError(f"{self.path} is damaged or {kinds} ({_line(error)}); restore it from a copy.") from error

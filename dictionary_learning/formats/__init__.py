@@ -1,22 +1,69 @@
-"""Published SAEs, one module a format: its files (`FILES`), how a folder is read and, where we write it, written.
+"""Published SAEs, one module a family: which files are its own (`targets`, `is_own`), and how they are read (`read`).
 
-An SAE folder of ours holds the same SAE twice, for dictionary_learning and SAEBench and for SAELens.
+Whatever is opened comes as one of our seven classes where one of them computes it, else as `dictionary.GeneralSAE`,
+with a config of the same form:
+
+    {"trainer": {"trainer_class", "dict_class", "activation_dim", "dict_size", "layer", "lm_name", "submodule_name",
+                 "site", "site_out", "k" where there is one, "lm_revision" where one is stated, and more},
+     "buffer": {"ctx_len", and more},
+     "source": {"format", "path", "prepend_bos", "exclude_special_tokens",
+                "stated": {"l0", "frac_variance_explained"} as far as these are stated}}
+
+What nobody says is None. An SAE folder of ours holds the same SAE twice, for dictionary_learning and SAEBench and for
+SAELens.
 """
 
 import os
 import re
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..dictionary import Dictionary
-from . import dictionary_learning, saelens
+from . import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    hook_z,
+    llama_scope,
+    llama_scope_r1,
+    llamascopium,
+    openai,
+    qresearch,
+    qwen_scope,
+    saelens,
+    sparsify,
+    temporal,
+)
 from .dictionary_learning import save_weights
+from .place import Place
 
 __all__ = ["find_saes", "load_dictionary", "save_sae", "save_weights"]
 
-FORMATS = (dictionary_learning, saelens)  # in the order in which a folder is asked whose it is
+FAMILIES: tuple[ModuleType, ...] = (  # in the order in which a folder is asked whose it is
+    dictionary_learning,
+    saelens,
+    gemma_scope,
+    gemma_scope_2,
+    qwen_scope,
+    sparsify,
+    llama_scope,
+    llamascopium,
+    llama_scope_r1,
+    circuit_tracer,
+    hook_z,
+    goodfire,
+    qresearch,
+    openai,
+    temporal,
+)
+UNSURE = (openai,)  # whose files have no names of their own, so that none is looked for
 
 
 def save_sae(folder: str | Path, ae: Dictionary, config: dict[str, Any]) -> None:
@@ -32,48 +79,120 @@ def save_sae(folder: str | Path, ae: Dictionary, config: dict[str, Any]) -> None
 
 
 def find_saes(folder: str | Path) -> list[Path]:
-    """The SAE folders below a folder (or itself), in natural order: layer 9 before layer 10."""
-    found = [
-        Path(root)
-        for root, _, files in os.walk(folder)
-        if any(set(form.FILES) <= set(files) for form in FORMATS) and "checkpoints" not in Path(root).parts
-    ]
+    """The SAEs below a folder (or itself), in natural order: layer 9 before layer 10.
+
+    A folder each, or a file where a family has one for each SAE. What lies below an SAE folder (its checkpoints) is
+    none of its own.
+    """
+    found = []
+    for root, folders, _ in os.walk(folder):
+        targets = _targets(_names(Path(root)), [family for family in FAMILIES if family not in UNSURE])
+        found += [Path(root, target) for target in targets]
+        if "" in targets:
+            folders.clear()
     return sorted(found, key=lambda path: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(path))])
 
 
-def load_dictionary(path: str | Path, device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
-    """(SAE in fp32, config) of a folder in dictionary_learning's or SAELens's format, or of user/repo/path on the Hub.
+def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
+    """(SAE in fp32, config) of a folder, a file, or a name on the Hub: USER/REPO[@REVISION][/FOLDER or /FILE].
 
-    config has the keys of config.json whatever the format; for a SAELens folder they are made from cfg.json.
-    ReLU SAEs come with a unit-norm decoder.  ValueError for everything that is not a whole SAE.
+    A local path wins over the Hub, of which only the files needed are downloaded. ReLU SAEs come with a unit-norm
+    decoder. ValueError for everything that is not a whole SAE, or is of a family that cannot be loaded.
     """
-    folder = Path(path) if Path(path).exists() else _fetch(str(path))
-    form = next((form for form in FORMATS if all((folder / name).is_file() for name in form.FILES)), None)
-    if form is None:
-        pairs = ", or ".join(" and ".join(form.FILES) for form in FORMATS)
-        raise ValueError(f"{folder} is not the folder of a trained SAE: it must hold {pairs}.")
-    ae, config = form.read(folder)
+    place = local_place(Path(name), str(name)) if Path(name).exists() else hub_place(str(name))
+    candidates = [family for family in FAMILIES if place.target in _targets(place.names, [family])]
+    if not place.target and not candidates:
+        files = _targets(place.names, FAMILIES)
+        if len(files) > 1:
+            raise ValueError(f"{name} holds {len(files)} SAEs, a file each: name one of them, such as {files[0]}.")
+        if files:
+            place.target = files[0]
+            candidates = [family for family in FAMILIES if place.target in _targets(place.names, [family])]
+    family = next((one for one in candidates if not hasattr(one, "is_own") or one.is_own(place)), None)
+    if family is None:
+        raise ValueError(
+            f"{name} is not a trained SAE: it must be a folder with {' and '.join(dictionary_learning.FILES)}, or with "
+            f"{' and '.join(saelens.FILES)}, or of another family that is known ({_families()})."
+        )
+    try:
+        ae, config = family.read(place)
+    except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is not an SAE of {family.NAME} as it is known ({reason}).") from error
+    broken = [key for key, tensor in ae.state_dict().items() if not _all_finite(tensor)]
+    if broken:
+        raise ValueError(f"{name} has weights that are not finite, in {broken[0]}; restore it from a copy.")
     return ae.with_unit_norm().to(device), config
 
 
-def _fetch(name: str) -> Path:
-    """The local copy of an SAE folder on the Hub: its two files, nothing else."""
-    parts = name.split("/")
-    if len(parts) < 3 or any(part in ("", ".", "..") or "\\" in part for part in parts):
-        raise ValueError(f"{name} does not exist: give an SAE folder, or user/repo/path of one on the Hub.")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Told by its extremes, which are nan where an element is: no mask as large as the tensor."""
+    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
-    repo, inside = "/".join(parts[:2]), parts[2:]
-    reason: Exception | None = None
-    for form in FORMATS:
+
+def _families() -> str:
+    return ", ".join(family.NAME for family in FAMILIES[2:])
+
+
+def _targets(names: Collection[str], families: Collection[ModuleType]) -> list[str]:
+    return list(dict.fromkeys(target for family in families for target in family.targets(names)))
+
+
+def _names(folder: Path) -> set[str]:
+    """The files of a folder, and of the folders in it."""
+    files = [*folder.glob("*"), *folder.glob("checkpoints/*")]
+    return {path.relative_to(folder).as_posix() for path in files if path.is_file()}
+
+
+def local_place(path: Path, name: str) -> Place:
+    folder, target = (path, "") if path.is_dir() else (path.parent, path.name)
+    return Place(name if not target else str(folder), _names(folder), lambda file: folder / file, target)
+
+
+def hub_place(name: str) -> Place:
+    """The place of USER/REPO[@REVISION][/FOLDER or /FILE] on the Hub; what is needed is downloaded when it is read."""
+    parts = name.split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") or "\\" in part for part in parts):
+        raise ValueError(f"{name} does not exist: give an SAE folder or file, or user/repo/path of one on the Hub.")
+    import huggingface_hub
+
+    (user, repo, *inside), revision = parts, None
+    if "@" in repo:
+        repo, revision = repo.split("@", 1)
+    repo_id = f"{user}/{repo}"
+    try:
+        listed = huggingface_hub.list_repo_files(repo_id, revision=revision)
+    except Exception as error:  # the HTTP client's own errors differ between versions of huggingface_hub
+        listed = _cached_files(repo_id, revision)
+        if listed is None:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{name} is neither a local folder nor an SAE on the Hugging Face Hub "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+    path = "/".join(inside)
+    folder, target = (path.rpartition("/")[0], inside[-1]) if path in listed else (path, "")
+    start = f"{folder}/" if folder else ""
+    names = {file.removeprefix(start) for file in listed if file.startswith(start)}
+
+    @cache
+    def get(file: str) -> Path:
         try:
-            return Path([hf_hub_download(repo, "/".join([*inside, file])) for file in form.FILES][0]).parent
-        except (OSError, ValueError, EntryNotFoundError) as error:
-            reason = error
-            if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
-                break  # not that the file is missing: the repository is, or the network
-    raise ValueError(
-        f"{name} is neither a local folder nor an SAE on the Hugging Face Hub "
-        f"({type(reason).__name__}: {str(reason).strip().split(chr(10))[0]})."
-    ) from reason
+            return Path(huggingface_hub.hf_hub_download(repo_id, start + file, revision=revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{file} of {name} could not be downloaded ({str(error).strip().splitlines()[0]})."
+            ) from error
+
+    return Place(f"{repo_id}/{folder}".rstrip("/"), names, get, target)
+
+
+def _cached_files(repo_id: str, revision: str | None) -> list[str] | None:
+    """The files of a repo in the local cache, None where there are none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

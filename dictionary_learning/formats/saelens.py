@@ -4,23 +4,29 @@ D activation_dim, F dict_size.
 """
 
 import copy
-import re
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..dictionary import Dictionary, JumpReluAutoEncoder, TopKDictionary
-from ..files import finite, read_json, read_safetensors, write_json, write_safetensors
-from .dictionary_learning import build
+from ..dictionary import Dictionary, GeneralSAE, TopKDictionary
+from ..files import finite, write_json, write_safetensors
+from .place import Place, Said, config_of, place_of_hook
 
+NAME = "SAELens"
 FILES = ("cfg.json", "sae_weights.safetensors")
 VERSION = "6.54.12"  # whose format is written; SAELens drops the metadata of files that name none
 
 
-def read(folder: Path) -> tuple[Dictionary, dict[str, Any]]:
-    return from_saelens(folder, read_json(folder / FILES[0]), read_safetensors(folder / FILES[1]))
+def targets(names: Collection[str]) -> list[str]:
+    return [""] if set(names) >= set(FILES) else []
+
+
+def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
+    file = place.tensors(FILES[1])
+    return from_saelens(place, place.json(FILES[0]), {name: file.read(name) for name in file.names})
 
 
 def write(folder: Path, ae: Dictionary, config: dict[str, Any]) -> None:
@@ -53,12 +59,33 @@ _FORMS = {
     "MatryoshkaBatchTopKSAE": _Form("jumprelu", "matryoshka_batchtopk", True, {**_PLAIN, **_THRESHOLD}),
     "JumpReluAutoEncoder": _Form("jumprelu", "jumprelu", False, {**_PLAIN, **_THRESHOLD}),
 }
-# what a SAELens SAE of ours becomes; standard without b_dec at the input is an AutoEncoderNew
-_CLASSES = {
-    "standard": "AutoEncoder",
-    "gated": "GatedAutoEncoder",
-    "topk": "AutoEncoderTopK",
-    "jumprelu": "JumpReluAutoEncoder",
+
+# how each architecture of theirs activates; those of training too, whose checkpoints have thresholds of other names
+_ACTIVATIONS = {
+    "standard": "relu",
+    "gated": "gated",
+    "topk": "top_k",
+    "jumprelu": "jump_relu",
+    "batchtopk": "jump_relu",
+    "matryoshka_batchtopk": "jump_relu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jump_relu",
+    "jumprelu_skip_transcoder": "jump_relu",
+}
+_NORMALIZERS = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+    "expected_average_only_in": "none",
+}
+_TENSORS = {
+    "r_mag": "r_mag",
+    "b_gate": "b_gate",
+    "b_mag": "b_enc",
+    "topk_threshold": "threshold",
+    "scaling_factor": "latent_scale",
+    **{name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "log_threshold", "W_skip")},
 }
 
 
@@ -77,7 +104,8 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
         raise ValueError(
             f"the threshold of this {type(ae).__name__} is not set: train past threshold_start_step before exporting."
         )
-    trainer, buffer = config["trainer"], config.get("buffer", {})
+    trainer, buffer = config["trainer"], config.get("buffer") or {}
+    revision = trainer.get("lm_revision")
     form = _FORMS[type(ae).__name__]
     state = copy.deepcopy(ae).with_unit_norm().state_dict()
     tensors = {theirs: state[ours].detach().cpu() for theirs, ours in form.names.items()}
@@ -100,9 +128,10 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
             "model_class_name": "HookedTransformer",
             "hook_name": f"blocks.{trainer['layer']}.hook_resid_post" if "layer" in trainer else None,
             "hook_head_index": None,
+            "model_from_pretrained_kwargs": {"revision": revision} if revision else {},
             "context_size": buffer.get("ctx_len"),
-            "prepend_bos": True,
-            "exclude_special_tokens": bool(buffer.get("mask", False)),
+            "prepend_bos": bool(buffer.get("prepend_bos", True)),
+            "exclude_special_tokens": bool(buffer.get("exclude_special_tokens", buffer.get("mask", False))),
             "dataset_path": buffer.get("dataset"),
             "training_architecture": form.trained_as,
             "training_architecture_details": finite(trainer),
@@ -117,73 +146,75 @@ def _turned(ours: str, tensor: Tensor) -> Tensor:
     return tensor.T if ours.endswith(".weight") else tensor
 
 
-def from_saelens(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Dictionary, dict[str, Any]]:
-    """(SAE, config) of a cfg.json and its tensors; ValueError for what our modules cannot compute."""
-    path = folder / FILES[0]
-    architecture = str(cfg.get("architecture", "standard"))
-    if architecture not in _CLASSES:
-        raise ValueError(f"{path} is of architecture {architecture!r}; {', '.join(_CLASSES)} can be loaded.")
-    plain = {
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "finetuning_scaling_factor": False,
-        "activation_fn": "topk" if architecture == "topk" else "relu",
-        "activation_fn_str": "topk" if architecture == "topk" else "relu",
-    }
-    for key, value in plain.items():
-        if cfg.get(key) not in (None, False, value):
-            raise ValueError(f"{path} has {key} {cfg[key]!r}; only {value!r} can be loaded.")
-    subtracts = cfg.get("apply_b_dec_to_input", True)
-    dict_class = _CLASSES[architecture]
-    if architecture == "standard" and not subtracts:
-        dict_class = "AutoEncoderNew"
-    form = _FORMS[dict_class]
-    if architecture != "jumprelu" and bool(subtracts) != form.subtracts_b_dec:
-        raise ValueError(f"{path} has apply_b_dec_to_input {subtracts}, which no {architecture} SAE here can do.")
-    if tensors.keys() != form.names.keys():
-        raise ValueError(f"{folder / FILES[1]} must hold {sorted(form.names)}, and holds {sorted(tensors)}.")
-
-    state = {ours: _turned(ours, tensors[theirs]) for theirs, ours in form.names.items()}
-    if architecture == "topk":
-        k = cfg.get("k")
-        if not isinstance(k, int):
-            raise ValueError(f"{path} must say k, the number of active latents, as an integer; it says {k!r}.")
-        state |= {"k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
-        if cfg.get("rescale_acts_by_decoder_norm", False):  # top-k of f ||W_dec||: with the norms in the encoder, of f
-            norm_F = tensors["W_dec"].norm(dim=1)
-            state["encoder.weight"] = state["encoder.weight"] * norm_F[:, None]
-            state["encoder.bias"] = state["encoder.bias"] * norm_F
-            state["decoder.weight"] = state["decoder.weight"] / norm_F
-    if architecture == "jumprelu" and tensors["threshold"].ndim == 0:
-        state["threshold"] = tensors["threshold"].expand(tensors["b_enc"].shape)
-    ae = build(folder / FILES[1], dict_class, state)
-    if isinstance(ae, JumpReluAutoEncoder):
-        ae.apply_b_dec_to_input = bool(subtracts)
+def from_saelens(
+    place: Place, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Dictionary, dict[str, Any]]:
+    """(SAE, config) of a cfg.json and its tensors, which are taken over; ValueError for what no class here computes."""
+    metadata = cfg.get("metadata")
+    cfg = {**cfg, **(metadata if isinstance(metadata, dict) else {})}  # version 5 has no metadata of its own
+    ae = _build(f"{place.name}/{FILES[0]}", cfg, tensors)
     if (cfg.get("d_in"), cfg.get("d_sae")) != (ae.activation_dim, ae.dict_size):
         raise ValueError(
-            f"{path} says d_in {cfg.get('d_in')} and d_sae {cfg.get('d_sae')}, but the weights are "
+            f"{place.name}/{FILES[0]} says d_in {cfg.get('d_in')} and d_sae {cfg.get('d_sae')}, but the weights are "
             f"{ae.activation_dim} and {ae.dict_size}; the two files belong to different SAEs."
         )
-    return ae, _config_of(cfg, ae, dict_class)
+    hook = str(cfg.get("hook_name", cfg.get("hook_point")))
+    layer, site = place_of_hook(hook)
+    site_out = place_of_hook(str(cfg["hook_name_out"]))[1] if cfg.get("hook_name_out") else None
+    kwargs = cfg.get("model_from_pretrained_kwargs")
+    said = Said(
+        lm_name=cfg.get("model_name"),
+        lm_revision=kwargs.get("revision") if isinstance(kwargs, dict) else None,
+        layer=layer,
+        site=site,
+        site_out=site_out,
+        submodule_name=hook,
+        ctx_len=cfg.get("context_size"),
+        prepend_bos=cfg.get("prepend_bos"),
+        exclude_special_tokens=cfg.get("exclude_special_tokens"),
+        trainer={"trainer_class": cfg.get("training_architecture", type(ae).__name__)},
+    )
+    return ae, config_of(place, NAME, ae, said)
 
 
-def _config_of(cfg: dict[str, Any], ae: Dictionary, dict_class: str) -> dict[str, Any]:
-    """What of cfg.json has a place in config.json.  `layer` is None for hooks other than the residual stream."""
-    metadata = cfg.get("metadata")
-    said = {**cfg, **(metadata if isinstance(metadata, dict) else {})}  # version 5 has no metadata of its own
-    hook = str(said.get("hook_name", said.get("hook_point")))
-    # TransformerLens's name, or a Hugging Face module's; before block L is after block L - 1
-    place = re.fullmatch(r".*\.(\d+)(\.hook_resid_pre|\.hook_resid_post)?", hook)
-    layer = None if place is None else int(place[1]) - (place[2] == ".hook_resid_pre")
-    trainer = {
-        "trainer_class": said.get("training_architecture", dict_class),
-        "dict_class": dict_class,
-        "activation_dim": ae.activation_dim,
-        "dict_size": ae.dict_size,
-        "layer": layer,
-        "lm_name": said.get("model_name"),
-        "submodule_name": hook,
-    }
-    if isinstance(ae, TopKDictionary):
-        trainer["k"] = int(ae.k)
-    return {"trainer": trainer, "buffer": {"ctx_len": said.get("context_size")}}
+def _build(path: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Dictionary:
+    architecture = str(cfg.get("architecture", "standard"))
+    asked = cfg.get("activation_fn", cfg.get("activation_fn_str"))
+    if architecture == "standard" and str(asked).startswith("topk"):  # as version 5 calls it
+        architecture = "topk"
+    if architecture not in _ACTIVATIONS:
+        raise ValueError(f"{path} is of architecture {architecture!r}; {', '.join(_ACTIVATIONS)} can be loaded.")
+    way = cfg.get("normalize_activations") or "none"
+    normalize = _NORMALIZERS.get("expected_average_only_in" if way is True else str(way))
+    if normalize is None:
+        raise ValueError(f"{path} has normalize_activations {way!r}; {', '.join(_NORMALIZERS)} can be loaded.")
+    if way in (True, "expected_average_only_in"):
+        warnings.warn(
+            f"{path} does not say by what activations were scaled, so they are taken as they are.", stacklevel=5
+        )
+    unknown = sorted(tensors.keys() - _TENSORS.keys())
+    missing = sorted({"W_enc", "W_dec"} - tensors.keys())
+    if unknown or missing:
+        raise ValueError(f"{path}: the weights have {unknown} that are not known, and lack {missing}.")
+    if not cfg.get("finetuning_scaling_factor"):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
+    own = {_TENSORS[name]: tensor for name, tensor in tensors.items()}
+    if "W_skip" in own:
+        own["W_skip"] = own["W_skip"].T
+    activation, k = _ACTIVATIONS[architecture], None
+    needed = {"gated": {"b_gate", "r_mag", "b_enc"}, "jump_relu": {"threshold"}}.get(activation, set())
+    if not needed <= own.keys() | ({"threshold"} if "log_threshold" in own else set()):
+        raise ValueError(f"{path}: the weights of a {architecture} SAE must hold {sorted(needed)}.")
+    if activation == "top_k":
+        own.pop("threshold", None)
+        k = cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k"))
+        if not isinstance(k, int):
+            raise ValueError(f"{path} must say k, the number of active latents, as an integer; it says {k!r}.")
+    return GeneralSAE.folded(
+        own,
+        activation,
+        k,
+        normalize=normalize,
+        subtracts_b_dec=bool(cfg.get("apply_b_dec_to_input", True)) and "transcoder" not in architecture,
+        decoder_norm="unit" if cfg.get("rescale_acts_by_decoder_norm") else None,
+    ).simplest()

@@ -11,6 +11,7 @@ from dictionary_learning.dictionary import DICTIONARIES
 from dictionary_learning.files import write_json
 from dictionary_learning.formats import dictionary_learning, find_saes, load_dictionary, saelens, save_sae
 from dictionary_learning.formats.dictionary_learning import save_weights
+from dictionary_learning.formats.place import Place
 from dictionary_learning.formats.saelens import from_saelens, to_saelens
 
 
@@ -36,7 +37,9 @@ def folder(ae, tmp_path):
 def test_an_sae_comes_back_to_the_bit(ae, folder):
     loaded, config = load_dictionary(folder)
     assert type(loaded) is type(ae)
-    assert config == config_of(ae)
+    assert config.pop("source")["format"] == "dictionary_learning"
+    said = config_of(ae)
+    assert config["buffer"] == said["buffer"] and config["trainer"].items() >= said["trainer"].items()
     assert loaded.state_dict().keys() == ae.state_dict().keys()
     for name, tensor in ae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == tensor.dtype
@@ -60,7 +63,7 @@ def test_the_saelens_half_computes_the_same(ae, folder, x_BD):
 
 def test_saelens_files_become_the_same_files_again(ae, tmp_path):
     cfg, tensors = to_saelens(ae, config_of(ae))
-    again, config = from_saelens(tmp_path, cfg, tensors)
+    again, config = from_saelens(place(tmp_path), cfg, tensors)
     cfg_2, tensors_2 = to_saelens(again, config)
     assert tensors_2.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -131,21 +134,25 @@ def test_saes_are_found_in_natural_order_and_checkpoints_are_not_saes(tmp_path):
 # -- SAELens variations
 
 
+def place(folder) -> Place:
+    return Place(str(folder), (), lambda file: folder / file)
+
+
 @pytest.mark.parametrize(
     ("hook", "layer"),
     [
         ("blocks.8.hook_resid_post", 8),
         ("blocks.8.hook_resid_pre", 7),
         ("gpt_neox.layers.3", 3),
-        ("blocks.8.hook_mlp_out", None),
-        ("blocks.8.attn.hook_z", None),
+        ("blocks.8.hook_mlp_out", 8),
+        ("blocks.8.attn.hook_z", 8),
         (None, None),
     ],
 )
 def test_the_layer_of_a_saelens_sae_is_that_of_its_residual_stream(hook, layer, tmp_path):
     cfg, tensors = to_saelens(make_sae("AutoEncoder"), config_of(make_sae("AutoEncoder")))
     cfg["metadata"]["hook_name"] = hook
-    assert from_saelens(tmp_path, cfg, tensors)[1]["trainer"]["layer"] == layer
+    assert from_saelens(place(tmp_path), cfg, tensors)[1]["trainer"]["layer"] == layer
 
 
 def test_topk_rescaled_by_decoder_norms_is_folded(tmp_path, x_BD):
@@ -156,7 +163,8 @@ def test_topk_rescaled_by_decoder_norms_is_folded(tmp_path, x_BD):
     pre_BF = (x_BD - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
     top = (pre_BF * norm_F).topk(K)
     f_BF = torch.zeros(len(x_BD), F).scatter(1, top.indices, top.values.relu())
-    loaded, _ = from_saelens(tmp_path, {**cfg, "rescale_acts_by_decoder_norm": True}, tensors)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    loaded, _ = from_saelens(place(tmp_path), {**cfg, "rescale_acts_by_decoder_norm": True}, copies)
     torch.testing.assert_close(loaded.encode(x_BD), f_BF)
     torch.testing.assert_close(loaded(x_BD), f_BF / norm_F @ tensors["W_dec"] + tensors["b_dec"])
 
@@ -164,18 +172,16 @@ def test_topk_rescaled_by_decoder_norms_is_folded(tmp_path, x_BD):
 def test_a_scalar_threshold_holds_for_all_latents(tmp_path):
     ae = make_sae("BatchTopKSAE")
     cfg, tensors = to_saelens(ae, config_of(ae))
-    loaded, _ = from_saelens(tmp_path, cfg, {**tensors, "threshold": torch.tensor(0.5)})
+    loaded, _ = from_saelens(place(tmp_path), cfg, {**tensors, "threshold": torch.tensor(0.5)})
     assert torch.equal(loaded.threshold, torch.full((F,), 0.5))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architecture": "transcoder"}, "architecture 'transcoder'"),
+        ({"architecture": "crosscoder"}, "architecture 'crosscoder'"),
         ({"architecture": ["topk"]}, "can be loaded"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
-        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input False"),
+        ({"normalize_activations": "whitening"}, "normalize_activations 'whitening'"),
         ({"k": None}, "must say k"),
         ({"k": 3.5}, "must say k"),
         ({"k": 0}, "k must be a positive integer"),
@@ -186,7 +192,7 @@ def test_a_scalar_threshold_holds_for_all_latents(tmp_path):
 def test_what_a_saelens_sae_needs_and_we_lack_is_said(change, sentence, tmp_path):
     cfg, tensors = to_saelens(make_sae("AutoEncoderTopK"), config_of(make_sae("AutoEncoderTopK")))
     with pytest.raises(ValueError, match=sentence):
-        from_saelens(tmp_path, {**cfg, **change}, tensors)
+        from_saelens(place(tmp_path), {**cfg, **change}, tensors)
 
 
 # -- damage
@@ -231,7 +237,7 @@ def test_a_foreign_pt_file_is_told(state, tmp_path):
     ae = make_sae("AutoEncoder")
     save_sae(tmp_path, ae, config_of(ae))
     torch.save(state, tmp_path / "ae.pt")
-    with pytest.raises(ValueError, match="ae.pt does not hold the weights of a AutoEncoder"):
+    with pytest.raises(ValueError, match="ae.pt (does not hold the weights of a|is damaged .* no tensors by name)"):
         load_dictionary(tmp_path)
 
 
@@ -247,9 +253,9 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, monkeypatch):
 
 def test_an_unfinished_folder_and_a_file_are_told(tmp_path):
     write_json(tmp_path / "config.json", {"trainer": {}})
-    with pytest.raises(ValueError, match="not the folder of a trained SAE"):
+    with pytest.raises(ValueError, match="is not a trained SAE"):
         load_dictionary(tmp_path)
-    with pytest.raises(ValueError, match="not the folder of a trained SAE"):
+    with pytest.raises(ValueError, match="is not a trained SAE"):
         load_dictionary(tmp_path / "config.json")
 
 
@@ -282,20 +288,21 @@ def test_damage_is_one_sentence_or_harmless_and_touches_nothing(name, ae, folder
 def hub(monkeypatch, tmp_path):
     """A Hub of one repository, user/repo, whose files lie under tmp_path / "hub"; the names asked for are kept."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
 
-    asked = []
+    asked, top = [], tmp_path / "hub"
 
-    def download(repo_id, filename):
-        asked.append((repo_id, filename))
-        path = tmp_path / "hub" / filename
-        if repo_id != "user/repo":
+    def listed(repo_id, revision=None):
+        if repo_id != "user/repo" or revision not in (None, "v2"):
             raise OSError("no such repository")
-        if not path.exists():
-            raise EntryNotFoundError(f"no {filename}")
-        return str(path)
+        return [path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file()]
 
+    def download(repo_id, filename, revision=None):
+        asked.append((repo_id, filename))
+        return str(top / filename)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("none")))
     monkeypatch.chdir(tmp_path)
     return asked
 
@@ -305,12 +312,13 @@ def test_an_sae_of_the_hub_is_two_files(hub, tmp_path):
     save_sae(tmp_path / "hub" / "run" / "trainer_0", ae, config_of(ae))
     loaded, _ = load_dictionary("user/repo/run/trainer_0")
     assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
-    assert hub == [("user/repo", "run/trainer_0/config.json"), ("user/repo", "run/trainer_0/ae.pt")]
+    assert set(hub) == {("user/repo", "run/trainer_0/config.json"), ("user/repo", "run/trainer_0/ae.pt")}
     for name in dictionary_learning.FILES:
         (tmp_path / "hub" / "run" / "trainer_0" / name).unlink()
     loaded, _ = load_dictionary("user/repo/run/trainer_0")
     assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
-    assert hub[-1] == ("user/repo", "run/trainer_0/sae_weights.safetensors")
+    assert set(hub[2:]) == {("user/repo", f"run/trainer_0/{name}") for name in saelens.FILES}
+    assert torch.equal(load_dictionary("user/repo@v2/run/trainer_0")[0].decoder_FD, ae.decoder_FD)
 
 
 def test_a_local_path_wins_over_the_hub(hub, tmp_path):
@@ -326,6 +334,9 @@ def test_a_local_path_wins_over_the_hub(hub, tmp_path):
 def test_a_name_that_leads_nowhere_is_told(name, hub):
     if name == "":
         name = "user/repo/a\\..\\b"
-    with pytest.raises(ValueError, match="(does not exist|neither a local folder nor an SAE on the Hugging Face Hub)"):
+    with pytest.raises(
+        ValueError,
+        match="(does not exist|neither a local folder nor an SAE on the Hugging Face Hub|is not a trained SAE)",
+    ):
         load_dictionary(name)
     assert all(".." not in filename for _, filename in hub)

@@ -1,0 +1,41 @@
+"""circuit-tracer's folder of per-layer transcoders: `layer_{i}.safetensors`, with `config.yaml`."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from ..dictionary import Dictionary, GeneralSAE
+from .place import Place, Said, config_of, place_of_hook
+
+NAME = "circuit-tracer"
+CONFIGS = ("config.yaml", "wandb-config.yaml", "wanb-config.yaml")  # the last as it is published
+
+
+def targets(names: Collection[str]) -> list[str]:
+    if any(re.fullmatch(r"W_enc_\d+\.safetensors", name) for name in names):
+        return [""]
+    layers = [name for name in names if re.fullmatch(r"layer_\d+\.safetensors", name)]
+    return sorted(layers, key=lambda name: int(re.findall(r"\d+", name)[0]))
+
+
+def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
+    if not place.target:
+        raise ValueError(f"{place.name} holds cross-layer transcoders, which cannot be loaded.")
+    file = place.tensors(place.target)
+    cfg = next((cfg for name in CONFIGS if (cfg := place.yaml_if_there(name))), {})
+    tensors = {name: file.read(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip") if name in file.names}
+    tensors |= {name: tensors[name].T for name in ("W_enc", "W_skip") if name in tensors}
+    activation, k = "relu", None
+    if "activation_function.threshold" in file.names:
+        activation, tensors["threshold"] = "jump_relu", file.read("activation_function.threshold")
+    elif str(cfg.get("activation", "")).lower().replace("_", "") == "topk":
+        activation, k = "top_k", cfg.get("k")
+    ae = GeneralSAE.folded(tensors, activation, k).simplest()
+    layer = int(re.findall(r"\d+", place.target)[0])
+    hooks = [str(cfg.get(key, default)) for key, default in HOOKS.items()]
+    site, site_out = (place_of_hook(f"{layer}.{hook}")[1] for hook in hooks)
+    said = Said(lm_name=cfg.get("model_name"), layer=layer, site=site, site_out=site_out, submodule_name=hooks[0])
+    return ae, config_of(place, NAME, ae, said)
+
+
+HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}

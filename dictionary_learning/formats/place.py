@@ -1,0 +1,128 @@
+"""Where an SAE lies: a folder or a file, here or on the Hub, and the files beside it; and what is said of it."""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..dictionary import Dictionary
+from ..files import TensorFile, read_json, read_yaml
+
+
+@dataclass
+class Place:
+    """A folder, or one file of it.
+
+    name: as the user gave it. names: the files of the folder and of those in it, by relative path. get: the file of
+    such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the folder.
+    """
+
+    name: str
+    names: Collection[str]
+    get: Callable[[str], Path]
+    target: str = ""
+
+    def json(self, file: str) -> dict[str, Any]:
+        return read_json(self.get(file))
+
+    def json_if_there(self, file: str) -> dict[str, Any]:
+        return self.json(file) if file in self.names else {}
+
+    def yaml_if_there(self, file: str) -> dict[str, Any]:
+        return read_yaml(self.get(file)) if file in self.names else {}
+
+    def tensors(self, file: str) -> TensorFile:
+        return TensorFile(self.get(file))
+
+    def search(self, pattern: str) -> re.Match[str] | None:
+        """In the name of the place, the file included: what many publishers say nowhere else."""
+        return re.search(pattern, self.name if not self.target else f"{self.name}/{self.target}")
+
+    def number(self, pattern: str) -> int | None:
+        found = self.search(pattern)
+        return None if found is None else int(found[1])
+
+
+SITES = {  # of TransformerLens's hooks and of Hugging Face's modules, which come after the block
+    "": "resid_post",
+    "hook_resid_post": "resid_post",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_pre": "resid_pre",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "hook_mlp_in": "mlp_in",
+    "mlp.hook_in": "mlp_in",
+    "mlp.hook_out": "mlp_out",
+    "attn.hook_z": "attn_z",
+    "output": "resid_post",
+    "mlp": "mlp_out",
+    "mlp.output": "mlp_out",
+    "mlp.input": "mlp_in",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "self_attn.o_proj.input": "attn_z",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_out",
+}
+
+
+def place_of_hook(hook: str) -> tuple[int | None, str]:
+    """(layer, site) of a hook of TransformerLens or a module of Hugging Face; what has no name here keeps its own.
+
+    What goes into block L is what comes out of block L - 1.
+    """
+    found = re.fullmatch(r"(?:.*\.)?(\d+)(?:\.(.*))?", hook)
+    if found is None:
+        return None, hook
+    layer, rest = int(found[1]), found[2] or ""
+    site = SITES.get(rest, rest)
+    return (layer - 1, "resid_post") if site == "resid_pre" and layer > 0 else (layer, site)
+
+
+@dataclass
+class Said:
+    """What a publisher says of an SAE, in names or configs; None where nothing is said."""
+
+    lm_name: str | None = None
+    lm_revision: str | None = None
+    layer: int | None = None
+    site: str = "resid_post"
+    site_out: str | None = None  # of a transcoder
+    submodule_name: str | None = None  # the hook as they name it
+    ctx_len: int | None = None
+    prepend_bos: bool | None = None
+    exclude_special_tokens: bool | list[int] | None = None
+    l0: float | None = None
+    frac_variance_explained: float | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)  # more for config["trainer"]
+
+
+def config_of(place: Place, family: str, ae: Dictionary, said: Said) -> dict[str, Any]:
+    """The config of an SAE in the form of config.json, whatever the family (`formats.load_dictionary`)."""
+    trainer = {
+        "trainer_class": said.trainer.get("trainer_class", type(ae).__name__),
+        "dict_class": type(ae).__name__,
+        "activation_dim": ae.activation_dim,
+        "dict_size": ae.dict_size,
+        "layer": said.layer,
+        "lm_name": said.lm_name,
+        **({"lm_revision": said.lm_revision} if said.lm_revision else {}),
+        "submodule_name": said.submodule_name or said.site,
+        "site": said.site,
+        "site_out": said.site_out or said.site,
+        **said.trainer,
+    }
+    k = getattr(ae, "k", None)
+    if k is not None:
+        trainer["k"] = int(k)
+    stated = {"l0": said.l0, "frac_variance_explained": said.frac_variance_explained}
+    source = {
+        "format": family,
+        "path": place.name,
+        "prepend_bos": said.prepend_bos,
+        "exclude_special_tokens": said.exclude_special_tokens,
+        "stated": {key: float(value) for key, value in stated.items() if isinstance(value, int | float)},
+    }
+    return {"trainer": trainer, "buffer": {"ctx_len": said.ctx_len}, "source": source}
