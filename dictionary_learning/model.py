@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .pretrained import BUILT_IN as BUILT_IN
 from .pretrained import Pretrained, one_sentence
 from .pretrained import model_identity as model_identity
+from .pretrained import same_model as same_model
 from .tokenizer import as_ids, check_token_ids, text_marks, tokenizer_of
 from .tokenizer import generation_eos_ids as generation_eos_ids
 from .tokenizer import load_tokenizer as load_tokenizer

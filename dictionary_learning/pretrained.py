@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -168,6 +168,12 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
             weights.update(sample)
     hashes = {"config": hashlib.sha256(config.read_bytes()).hexdigest(), "weights": weights.hexdigest()}
     return {"id": name, **hashes} if name in BUILT_IN else {"path": str(config.parent.resolve()), **hashes}
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities (`model_identity`) are those of one model: the same commit, or the same content."""
+    keys = ("id", "commit") if "commit" in one and "commit" in other else ("config", "weights")
+    return all(key in one and one[key] == other.get(key) for key in keys)
 
 
 def _samples(path: Path) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "utils": "formats",
     "state": "files world",
     "buffer": "data world",
+    "cache": "buffer files pretrained",
     "evaluation": "buffer dictionary model",
     "training": "files formats kernels trainers world",
     "tracking": "files",
@@ -31,8 +32,8 @@ MAY_IMPORT = {
     "reading": "data model sweep world",
     "report": "buffer data dictionary files formats model plotting reading tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sweep world",
-    "plan": "data model reading sweep world",
-    "run": "buffer data files hub kernels model plan plotting reading report results state sweep tracking "
+    "plan": "cache data model reading sweep world",
+    "run": "buffer cache data files hub kernels model plan plotting reading report results state sweep tracking "
     "training world",
 }
 # The order in which text walks.
