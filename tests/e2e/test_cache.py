@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -148,7 +149,7 @@ def test_a_damaged_file_is_told_and_written_again(fixed, written, small_files, t
     assert main(*read, "--no_eval") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"{path} is damaged" in errors[0] and f"--cache {folder} --cache_only" in errors[0]
-    with pytest.warns(UserWarning, match=f"{path.name} is damaged: the last . of . files are written again"):
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged: the last 8 of 10 files are written again"):
         assert main(*writer(fixed, folder, "--cache_only")) == 0
     assert content(folder) == content(written)
     assert main(*read, "--no_eval", "--overwrite") == 0
@@ -186,7 +187,7 @@ def test_too_little_disk_is_told_before_anything_is_loaded(fixed, tmp_path, caps
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--num_tokens", "4000"], "holds 2,6.. activations of each layer, the run asks for 4,000: ask for fewer"),
+        (["--num_tokens", "4000"], "holds 2,468 activations of each layer, the run asks for 4,000: ask for fewer"),
         (["--layers", "1", "2"], r"they are of the layers \[1, 3\], not of \[2\]"),
         (["--context_length", "16"], "they are of context_length 32, not 16"),
         (["--no-mask"], "they are of mask True, not False"),
@@ -194,8 +195,6 @@ def test_too_little_disk_is_told_before_anything_is_loaded(fixed, tmp_path, caps
     ],
 )
 def test_activations_that_do_not_fit_are_refused(flags, sentence, fixed, written, tmp_path, capsys):
-    import re
-
     read = [*settings_from_cache(fixed), "--num_tokens", 2000, "--activations", written, "--save_dir", tmp_path]
     assert main(*read, *flags) == 2
     error = capsys.readouterr().err
@@ -220,7 +219,7 @@ def test_activations_of_another_model_are_refused(fixed, written, tiny_model_fol
 
 def test_they_are_read_again_and_added_to(fixed, written, small_files, tmp_path):
     read = [*settings_from_cache(fixed), "--activations", written, "--save_dir", tmp_path, "--no_eval"]
-    assert main(*read, "--num_tokens", 5000, "--epochs", 2, "--architectures", "batch_top_k") == 0
+    assert main(*read, "--num_tokens", 4500, "--epochs", 2, "--architectures", "batch_top_k") == 0
     folder = shutil.copytree(written, tmp_path / "cache")
     assert main(*writer(fixed, folder, "--cache_only", "--num_tokens", 3000)) == 0
     assert main(*writer(fixed, tmp_path / "straight", "--cache_only", "--num_tokens", 3000)) == 0
@@ -263,3 +262,19 @@ def kill_often(command: list[str], folder: Path, kills: int, seed: int) -> list[
 def test_killed_while_they_are_written(fixed, written, tmp_path):
     moments = kill_often(writer(fixed, tmp_path / "cache", "--cache_only"), tmp_path / "cache", kills=2, seed=0)
     assert content(tmp_path / "cache") == content(written), moments
+
+
+def test_two_processes_write_and_read_their_own_shards(fixed, tmp_path):
+    from test_world import finish, torchrun
+
+    flags = [*fixed, "--layers", 1, 3, "--num_tokens", 1500, "--text_shards", 2, "--no_eval"]
+    both, one = tmp_path / "both", tmp_path / "one"
+    write = [*flags, "--cache", both, "--cache_only"]
+    code, output = finish(torchrun(2, list(map(str, write))))
+    assert code == 0, output[-3000:]
+    assert main(*flags, "--cache", one, "--save_dir", tmp_path / "text") == 0
+    assert content(both) == content(one)
+    read = [*settings_from_cache(flags), "--activations", both, "--save_dir", tmp_path / "disk"]
+    code, output = finish(torchrun(2, list(map(str, read))))
+    assert code == 0, output[-3000:]
+    assert_same(tmp_path / "text", tmp_path / "disk", 4)
