@@ -5,15 +5,17 @@ Also the reference, the package dictionary-learning 0.1.0, where what it imports
 """
 
 import argparse
+import importlib
 import importlib.abc
 import importlib.machinery
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,25 +60,75 @@ class Contestant:
         print(what, file=self.process.stdin, flush=True)
         return self._answer()
 
+    def peak_bytes(self) -> int:
+        """The most resident memory that the process has had: not ru_maxrss, which begins with what its parent had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def enter(script: str, work: str, reference: Path, nnsight: str | None) -> list[Contestant]:
-    """Ours, the reference (with nnsight too, given the Python of an environment that has it) and the floor.
+class Relay:
+    """Contestants whose turns follow one another, as one: the sum of their answers, and the largest peak of memory."""
+
+    def __init__(self, name: str, runners: list[Contestant]):
+        self.name, self.runners = name, runners
+        self.answers: list[dict[str, Any]] = []
+
+    def ask(self, what: str = "go") -> dict[str, Any]:
+        answers = [runner.ask(what) for runner in self.runners]
+        return {key: sum(answer[key] for answer in answers) for key in answers[0]}
+
+    def peak_bytes(self) -> int:
+        return max(runner.peak_bytes() for runner in self.runners)
+
+    def stop(self) -> None:
+        for runner in self.runners:
+            runner.stop()
+
+
+def place(where: str | None) -> tuple[Path | str, str]:
+    """(PYTHONPATH, interpreter) of a peer: a folder with its package, or the Python of an environment that has it."""
+    if where is None:
+        return "", sys.executable
+    return (Path(where).resolve(), sys.executable) if Path(where).is_dir() else ("", where)
+
+
+def import_sparsify(device: str) -> Any:
+    """The package; on the CPU without its Triton kernels, which it takes wherever Triton can be imported."""
+    if device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    return importlib.import_module("sparsify")
+
+
+@contextmanager
+def neighbour(busy: bool) -> Iterator[None]:
+    """Meanwhile, where `busy`, one other process computes without a pause."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def enter(script: str, work: str, reference: Path | None, nnsight: str | None) -> list[Contestant]:
+    """Ours, the reference if it is given (with nnsight too, given the Python of an environment that has it), the floor.
 
     Each is the script itself, with --contestant and --work.
     """
     command = [script, *sys.argv[1:], "--work", work, "--contestant"]
     contestants = [Contestant("ours", [*command, "ours"])]
     pythons = {"reference": sys.executable} | ({"reference, nnsight": nnsight} if nnsight else {})
-    for name, python in pythons.items():
+    for name, python in pythons.items() if reference else ():
         contestants.append(Contestant(name, [*command, "reference"], reference.resolve(), python))
     return [*contestants, Contestant("floor", [*command, "floor"])]
 
 
-def rounds(contestants: list[Contestant], n_rounds: int) -> None:
+def rounds(contestants: Sequence[Contestant | Relay], n_rounds: int) -> None:
     for _ in range(n_rounds):
         for contestant in contestants:
             contestant.answers.append(contestant.ask())
@@ -103,12 +155,14 @@ def questions() -> Iterator[str]:
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
-    """The median, and the interquartile range over it."""
+    """The median, and the interquartile range over it (of one value, NaN)."""
+    if len(values) == 1:
+        return values[0], math.nan
     low, median, high = statistics.quantiles(values, n=4)
     return median, (high - low) / median
 
 
-def median_ratio(theirs: Contestant, ours: Contestant) -> float:
+def median_ratio(theirs: Contestant | Relay, ours: Contestant | Relay) -> float:
     """Of their seconds to ours, round by round."""
     return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(theirs.answers, ours.answers, strict=True))
 

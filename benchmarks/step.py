@@ -7,7 +7,7 @@
 Every contestant runs in a process of its own, one after the other takes its turn, so that whatever slows the machine
 slows all.  In a turn the first step finds the caches cold and does not count; then come as many as take about two
 seconds, as in a training loop.
-`--peer NAME=WHERE`: a folder with the package (reference) or the Python of an environment that has it (saelens,
+`--peer NAME=WHERE`: a folder with the package, or the Python of an environment that has it (for reference, saelens,
 sparsify).  `matmul` is the bare encoder matmul x E^T of the same shape and dtype.
 
 The table: median seconds a step, the spread (interquartile range over median), the ratio to `ours` in the same round
@@ -130,9 +130,9 @@ def saelens_step(architecture: str, D: int, F: int, k: int, x_BD: torch.Tensor):
 
 def sparsify_step(D: int, F: int, k: int, x_BD: torch.Tensor):
     """What sparsify's trainer does in a step, with Adam."""
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k), device=str(x_BD.device), dtype=torch.float32)
+    sparsify, device = contest.import_sparsify(x_BD.device.type), str(x_BD.device)
+    config = sparsify.SparseCoderConfig(num_latents=F, k=k)
+    sae = sparsify.SparseCoder(D, config, device=device, dtype=torch.float32)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
 
     def step(i: int) -> None:
@@ -194,13 +194,9 @@ def compete(contestant: str, architecture: str, D: int, F: int, B: int, k: int, 
 
 
 def enter(name: str, where: str | None, arguments: list[str]) -> contest.Contestant:
-    path, python = contest.ROOT, sys.executable
-    if where is not None and Path(where).is_dir():
-        path = Path(where).resolve()
-    elif where is not None:
-        python = where
+    path, python = contest.place(where)
     command = [__file__, "--contestant", name, *arguments]
-    return contest.Contestant(name, command, path if name in ("ours", "reference") else "", python)
+    return contest.Contestant(name, command, contest.ROOT if name == "ours" else path, python)
 
 
 def compare(

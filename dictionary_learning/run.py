@@ -30,7 +30,15 @@ from .results import RESULTS, Named, evaluate, find_named
 from .state import SavedState, load_state, save_state
 from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
-from .training import Interrupted, Loop, TextEndedError, make_runs, signals_noted, step_microseconds
+from .training import (
+    Interrupted,
+    Loop,
+    TextEndedError,
+    choose_workers,
+    make_runs,
+    signals_noted,
+    step_microseconds,
+)
 from .world import World, job, restarted, spread
 
 
@@ -207,6 +215,10 @@ def train(
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
+    autocast = getattr(torch, plan.autocast)
+    configs = [plan.configs[i] for i in mine]
+    workers = sweep.sae_threads or choose_workers(configs, sweep.sae_batch_size, autocast, plan.device, shard)
+    workers = min(world.gather(workers))  # the same way on every rank, as the state records one
     started, before = time.monotonic(), dict(buffer.seconds)
 
     def timings() -> dict[str, float]:
@@ -225,7 +237,7 @@ def train(
         plan.schedule.steps,
         save_steps=checkpoint_steps(plan) if plan.options.save_checkpoints else (),
         log_steps=sweep.log_steps,
-        autocast_dtype=getattr(torch, plan.autocast),
+        autocast_dtype=autocast,
         backup_steps=sweep.backup_steps,
         backup_minutes=sweep.backup_minutes,
         save_state=save,
@@ -233,10 +245,13 @@ def train(
         timings=timings,
         show_progress=world.rank == 0,
         world=world,
+        workers=workers,
     )
     if state is not None:
         loop.load_state_dict(state)
         print(f"resumed at step {loop.step:,} of {loop.steps:,}")
+    if loop.workers > 1:
+        print(f"{loop.workers} threads step SAEs side by side (--sae_threads 1: all threads share each step)")
     ended: str | None = None
     try:
         loop.train()
@@ -350,6 +365,7 @@ def finish_training(
         "seconds_saving_state": round(loop.seconds_in_state, 2),
         "norm_factors": loop.norm_factors,
         "positions": dict(buffer.counts),
+        "sae_threads": loop.workers,
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
         "wandb_ids": wandb_ids,
         **about_text,

@@ -38,6 +38,10 @@ class SavedState(Mapping[str, Any]):
             raise ValueError(f"{self.path} has no {name} that can be read ({_reason(error)}).") from error
         return entry[name][0]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """An entry, or the default where the version that wrote the state had no such entry."""
+        return self[name] if name in list(self) else default
+
     def __iter__(self) -> Iterator[str]:
         return iter(_state_reader(self.path).read_metadata().state_dict_metadata)
 

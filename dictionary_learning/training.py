@@ -333,6 +333,12 @@ class Loop:
         for run in self.runs:
             run.config["trainer"]["norm_factor"] = self.norm_factors[run.layer]
         self._pool: ThreadPoolExecutor | None = None
+        if self.workers > 1 and not self._independent():
+            raise ValueError("SAEs are stepped side by side on the CPU alone, and whole: leave --sae_threads out.")
+
+    def _independent(self) -> bool:
+        """Whether the SAEs' steps may overlap: those of shares of SAEs talk to other processes, all in one order."""
+        return all(run.trainer.shard.size == 1 and run.trainer.device.type == "cpu" for run in self.runs)
 
     def train(self) -> None:
         """Run to the end and write every SAE.  Raises Interrupted and, when all is written, TextEndedError."""
@@ -506,8 +512,9 @@ class Loop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.tokens = state["loop"]["step"], state["loop"]["tokens"]
-        if (state["loop"].get("workers", 1) > 1) != (self.workers > 1):
-            self.workers = state["loop"].get("workers", 1)
+        before = state["loop"].get("workers", 1)
+        if (before > 1) != (self.workers > 1) and self._independent():
+            self.workers = before
         for run in self.runs:
             first = state[f"trainers.{run.index}.0"]
             shares, shard = first["shares"], run.trainer.shard

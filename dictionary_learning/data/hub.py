@@ -104,6 +104,8 @@ class HubRows(Stream):
                 self._dataset = self._dataset.select_columns(kept)
         i, n = self.stretch
         if self.shard is None:
+            if self.position is not None and self.n_shards > 1:
+                raise ValueError("an older version saved a place in it that is of no shard: begin with --overwrite")
             self.shard = i * self.n_shards // n
         if self.shard >= (i + 1) * self.n_shards // n:
             return False

@@ -173,6 +173,9 @@ class LocalRows(Stream):
     def __next__(self) -> Any:
         return next(self.rows)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state if "rows" in state else {"rows": state})  # older versions saved these alone
+
     @property
     def notes(self) -> list[str]:
         if not self.files.left_out:

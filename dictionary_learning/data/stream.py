@@ -27,7 +27,8 @@ class Stream:
         return {name: _state_of(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.saved:
+        """Go to where the state says. What an older version did not save is as at the start."""
+        for name in filter(state.__contains__, self.saved):
             if streams := _streams_in(part := getattr(self, name)):
                 states = state[name] if isinstance(part, list) else [state[name]]
                 for stream, its_state in zip(streams, states, strict=True):

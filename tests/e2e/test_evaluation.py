@@ -174,6 +174,32 @@ def test_a_run_begun_before_a_setting_existed_is_resumed(run, tmp_path, capsys):
     assert "prepend_bos was True, is False" in capsys.readouterr().err
 
 
+def test_a_state_of_an_older_version_is_resumed(run, text_file, tmp_path, no_estimate):
+    """Then it had no text_settings, of files only the place, no marks, and nothing of columns and damaged files."""
+    from dictionary_learning.state import load_state, save_state
+
+    flags = ("--architectures", "top_k", "--num_tokens", 40_000, "--no_eval")
+    weights = []
+    for name in ("now", "then"):
+        assert run(*flags, "--save_dir", tmp_path / name) == 3
+        (path,) = find_saes(tmp_path / name)
+        if name == "then":
+            folder = path.parents[1] / "resume"
+            state = dict(load_state(folder) or {})
+            del state["text_settings"]
+            contexts = state["text.0"]["batches"]["contexts"]
+            for missing in ("n_seen", "found_column"):
+                del contexts["documents"][missing]
+            files = contexts["documents"]["rows"].pop("rows")
+            del files["damaged"], contexts["marks"]
+            contexts["documents"]["rows"] = files
+            shutil.rmtree(folder)
+            save_state(folder, state["loop"]["step"], state)
+        assert run(*flags, "--save_dir", tmp_path / name, "--resume", "--epochs", 3) == 0
+        weights.append(torch.load(path / "ae.pt", weights_only=True))
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
 def test_a_failing_stage_stops_no_later_one(run, tmp_path, monkeypatch, capsys):
     calls = []
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dictionary_learning.formats import load_dictionary
+from dictionary_learning.kernels import Shard
 from dictionary_learning.trainers import BatchTopKTrainer, StandardTrainer
 from dictionary_learning.training import Loop, choose_workers, make_runs, signals_noted, trainSAE, workers_pool
 
@@ -100,6 +101,19 @@ def test_a_resumed_loop_steps_saes_as_it_did_before(tmp_path):
     for before, now, then in [(1, 2, 1), (2, 1, 2), (2, 5, 5)]:
         state = trained(before, tmp_path, 3).state_dict()
         assert trained(now, tmp_path, 4, state).workers == then
+
+
+def test_shares_of_saes_are_never_stepped_side_by_side(tmp_path):
+    """Their steps talk to other processes, which take the SAEs in turn."""
+    state = trained(2, tmp_path, 3).state_dict()
+    runs = make_runs(CONFIGS, [None] * 2, lambda layer: {}, shard=Shard(0, 2))
+    with pytest.raises(ValueError, match="leave --sae_threads out"):
+        Loop(runs, iter([]), {0: 1.0}, STEPS, workers=2)
+    loop = Loop(runs, iter([]), {0: 1.0}, STEPS)
+    for run in runs:
+        state[f"trainers.{run.index}.0"] = {"state": run.trainer.state_dict(), "failure": None, "shares": 2}
+    loop.load_state_dict(state)
+    assert loop.workers == 1
 
 
 def test_an_sae_that_fails_beside_others_stops_alone(tmp_path):

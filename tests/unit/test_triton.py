@@ -1,6 +1,8 @@
 """The Triton kernels equal the torch functions they replace, and compile for the GPUs they are meant for.
 
 With a GPU the kernels run on it.  Without one Triton interprets them, which it must be told before it is imported.
+The interpreter rounds to bfloat16 towards zero, compiled kernels to nearest: without a GPU, what is written in bfloat16
+is held to a unit in the last place alone (findings/triton_interpreter_bfloat16.sh).
 """
 
 import os
@@ -242,7 +244,8 @@ print(*sorted(operations))
 
 # none of them waits for the device, or has a shape that depends on data
 ASYNCHRONOUS = set(
-    "_to_copy arange cumsum detach empty empty_like new_empty new_zeros searchsorted select sub sum view zeros".split()
+    "_to_copy arange cumsum detach empty empty_like new_empty new_zeros searchsorted select sqrt sub sum view "
+    "zeros".split()
 )
 
 
