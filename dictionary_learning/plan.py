@@ -14,6 +14,7 @@ from . import cache
 from .data import estimate_tokens, open_documents
 from .model import load_tokenizer, model_shape, resolve_device, same_model
 from .reading import Reading
+from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
 from .world import World
 
@@ -34,6 +35,7 @@ class Plan(Reading):
     rows: Mapping[str, Architecture]  # of all architectures there are
     configs: list[dict[str, Any]]  # of all layers, in order
     defaults: Mapping[str, Any]  # of all settings
+    starts: list[str]  # what each SAE starts from; empty: from random weights
 
     @property
     def autocast(self) -> str:
@@ -71,6 +73,7 @@ class Plan(Reading):
             "eval_is_held_out": self.held_out,
             "autocast": self.autocast,
             "save_checkpoints": self.options.save_checkpoints,
+            "init_from": self.options.init_from,
             "cache": self.options.cache,
             "activations": self.options.activations,
         }
@@ -151,6 +154,7 @@ def make_plan(
         rows=rows,
         configs=configs,
         defaults=defaults,
+        starts=find_starts(options.init_from, configs) if options.init_from else [],
     )
     if options.activations:
         check_activations(plan, options.activations)
@@ -271,6 +275,7 @@ def describe(plan: Plan) -> str:
             if plan.options.cache
             else []
         ),
+        *([f"the SAEs start from {plan.options.init_from}"] if plan.starts else []),
         *([f"activations: read from {plan.options.activations}"] if plan.options.activations else []),
         *([f"{plan.world.size} processes share the SAEs and the text"] if plan.world.size > 1 else []),
     ]

@@ -27,6 +27,7 @@ from .model import LanguageModel, resolve_device
 from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, run_folder, size_text
 from .reading import Reading
 from .results import RESULTS, Named, evaluate, find_named
+from .start import load_start
 from .state import SavedState, load_state, save_state
 from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
@@ -215,6 +216,11 @@ def train(
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
+    for run in runs if plan.starts else ():
+        ae = load_start(plan.starts[run.index])
+        ae.scale_biases(1 / norm_factors[run.layer])
+        run.trainer.start_from(ae)
+        run.config["trainer"]["init_from"] = plan.starts[run.index]
     autocast = getattr(torch, plan.autocast)
     configs = [plan.configs[i] for i in mine]
     workers = sweep.sae_threads or choose_workers(configs, sweep.sae_batch_size, autocast, plan.device, shard)

@@ -58,6 +58,9 @@ class Options:
     overwrite: bool = option("delete an earlier run of the same name first", False)
     save_checkpoints: bool = option("also write SAEs at log-spaced steps", False)
     no_eval: bool = option("train only", False)
+    init_from: str | None = option(
+        "start from this trained SAE, or from those of a run folder by layer, width and architecture", None
+    )
     cache: str | None = option("also write the activations of the run's layers into this folder", None)
     cache_only: bool = option("write them and train nothing; a later run trains from them with --activations", False)
     activations: str | None = option("train from the activations in this folder instead of model and text", None)

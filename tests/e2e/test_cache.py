@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import demo
-from dictionary_learning import cache, model
+from dictionary_learning import cache
 from dictionary_learning.formats import find_saes
 
 ROOT = Path(__file__).parents[2]
@@ -224,8 +224,6 @@ def test_they_are_read_again_and_added_to(fixed, written, small_files, tmp_path)
     assert main(*writer(fixed, folder, "--cache_only", "--num_tokens", 3000)) == 0
     assert main(*writer(fixed, tmp_path / "straight", "--cache_only", "--num_tokens", 3000)) == 0
     assert content(folder) == content(tmp_path / "straight")
-
-
 
 
 class Killed:

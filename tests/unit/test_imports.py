@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "sweep": "trainers",
     "formats": "dictionary files",
     "utils": "formats",
+    "start": "dictionary formats",
     "state": "files world",
     "buffer": "data world",
     "cache": "buffer files pretrained",
@@ -32,8 +33,8 @@ MAY_IMPORT = {
     "reading": "data model sweep world",
     "report": "buffer data dictionary files formats model plotting reading tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sweep world",
-    "plan": "cache data model reading sweep world",
-    "run": "buffer cache data files hub kernels model plan plotting reading report results state sweep tracking "
+    "plan": "cache data model reading start sweep world",
+    "run": "buffer cache data files hub kernels model plan plotting reading report results start state sweep tracking "
     "training world",
 }
 # The order in which text walks.
