@@ -68,6 +68,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         mask=True,
         exclude_special_tokens=False,
         max_norm_multiple=10.0,
+        center=False,
     ),
     "evaluation, logging, saving": dict(
         eval_num_inputs=200,

@@ -438,6 +438,8 @@ class ActivationBuffer:
             max_norm_multiple=max_norm_multiple,
         )
         self._norm_factors: dict[int, float] = {}
+        self._spreads: dict[int, float] = {}
+        self._means: dict[int, Tensor] = {}
 
         # rows order_C[cursor:] are unread, and read in this order; rows order_C[:cursor] are free
         self._rows_CD = {
@@ -483,6 +485,23 @@ class ActivationBuffer:
         return self._norm_factors
 
     @property
+    def means(self) -> dict[int, Tensor]:
+        """{layer: mean_D} over the same batches; fp32, on the CPU, of all layers on every rank."""
+        self._fill_first()
+        return self._means
+
+    @property
+    def spreads(self) -> dict[int, float]:
+        """{layer: sqrt(mean of |x - mean|^2)} over the same batches."""
+        self._fill_first()
+        return self._spreads
+
+    @property
+    def mean_to_std(self) -> dict[int, float]:
+        """{layer: |mean| / spread}: how far from the origin activations lie, against how far from each other."""
+        return {layer: mean_D.norm().item() / (self.spreads[layer] or 1.0) for layer, mean_D in self.means.items()}
+
+    @property
     def median_norms(self) -> dict[int, float]:
         """{layer: median norm} over the first LLM batch without bos and padding; empty with mask=False."""
         self._fill_first()
@@ -505,12 +524,23 @@ class ActivationBuffer:
                 "give it more text"
             )
         first = self._order_C[self._cursor :][: NORM_FACTOR_BATCHES * self.out_batch_size].split(self.out_batch_size)
-        factors = torch.zeros(len(self.layers), dtype=torch.float64)
+        n_rows = sum(map(len, first))
+        moments = torch.zeros(len(self.layers), 2 + self.lm.activation_dim, dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             if self._speaks_for(layer):
-                norms = torch.cat([_norms(self._rows_CD[layer].index_select(0, rows_B)).cpu() for rows_B in first])
-                factors[i] = norms.double().square().mean().sqrt()
-        self._norm_factors = dict(zip(self.layers, self.world.sum_(factors).tolist(), strict=True))
+                x_CD = self._rows_CD[layer]
+                sums = [x_CD.index_select(0, rows_B).float().sum(0).cpu().double() for rows_B in first]
+                mean_D = (torch.stack(sums).sum(0) / n_rows).float()
+                norms = [_norms(x_CD.index_select(0, rows_B)).cpu() for rows_B in first]
+                centred = [_norms(x_CD.index_select(0, rows_B) - mean_D.to(x_CD.device)).cpu() for rows_B in first]
+                for j, part in enumerate((norms, centred)):
+                    moments[i, j] = torch.cat(part).double().square().mean().sqrt()
+                moments[i, 2:] = mean_D
+        moments = self.world.sum_(moments)
+        factors, spreads = moments[:, :2].T.tolist()
+        self._norm_factors = dict(zip(self.layers, factors, strict=True))
+        self._spreads = dict(zip(self.layers, spreads, strict=True))
+        self._means = dict(zip(self.layers, moments[:, 2:].float(), strict=True))
 
     def _speaks_for(self, layer: int) -> bool:
         """Whether, of the ranks that read a layer and all have the same rows of it, this one says what they are."""
@@ -585,6 +615,8 @@ class ActivationBuffer:
                 "n_surplus": [len(x_by_layer[self.layers[0]]) for x_by_layer in self._surplus],
                 "generator": self.generator.get_state(),
                 "norm_factors": dict(self._norm_factors),
+                "spreads": dict(self._spreads),
+                "means": {layer: mean_D.clone() for layer, mean_D in self._means.items()},
                 "filling": self._filling,
             }
         return state
@@ -609,3 +641,4 @@ class ActivationBuffer:
                 x_by_layer[layer] = x_ND
         self.generator.set_state(plain["generator"])
         self._norm_factors, self._filling = dict(plain["norm_factors"]), plain["filling"]
+        self._spreads, self._means = dict(plain.get("spreads", {})), dict(plain.get("means", {}))  # none in older ones

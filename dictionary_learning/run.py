@@ -212,12 +212,15 @@ def train(
     text_settings = {name: settings[name] for name in sorted(TEXT_TO_CHANGE)}
     if state is not None:
         buffer.load_state_dict(state, new_text=state.get("text_settings", text_settings) != text_settings)
-    norm_factors = buffer.norm_factors
+    norm_factors = buffer.spreads if sweep.center else buffer.norm_factors
+    means = buffer.means if sweep.center else {}
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
     for run in runs if plan.starts else ():
         ae = load_start(plan.starts[run.index])
+        if sweep.center:
+            ae.shift(-means[run.layer])
         ae.scale_biases(1 / norm_factors[run.layer])
         run.trainer.start_from(ae)
         run.config["trainer"]["init_from"] = plan.starts[run.index]
@@ -252,6 +255,7 @@ def train(
         show_progress=world.rank == 0,
         world=world,
         workers=workers,
+        means=means,
     )
     if state is not None:
         loop.load_state_dict(state)
@@ -295,6 +299,7 @@ def end_cache(plan: Plan, buffer: ActivationBuffer) -> None:
     found = {
         "positions": buffer.counts,
         "norm_factors": buffer.norm_factors,
+        "mean_to_std": buffer.mean_to_std,
         "median_norms": buffer.median_norms,
         "versions": versions(),
     }
@@ -370,6 +375,7 @@ def finish_training(
         "seconds": round(seconds, 1),
         "seconds_saving_state": round(loop.seconds_in_state, 2),
         "norm_factors": loop.norm_factors,
+        "mean_to_std": buffer.mean_to_std,
         "positions": dict(buffer.counts),
         "sae_threads": loop.workers,
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
@@ -383,6 +389,9 @@ def finish_training(
     if ended is None:
         shutil.rmtree(plan.folder / "resume", ignore_errors=True)
     print(f"trained on {loop.tokens:,} tokens in {seconds:.0f} s ({loop.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+    ratios = ", ".join(f"{ratio:.2f} in layer {layer}" for layer, ratio in buffer.mean_to_std.items())
+    hint = "" if plan.sweep.center else " (--center subtracts the mean)"
+    print(f"|mean| / std of the activations: {ratios}{hint}")
 
 
 # -- the walk

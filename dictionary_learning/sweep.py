@@ -142,6 +142,7 @@ class Sweep:
     )
     mask: bool = option("leave out padding, the marks between documents and positions of outlying norm")
     exclude_special_tokens: bool = option("leave out every special token of the tokenizer, those of chats too")
+    center: bool = option("subtract the layer's mean from the activations; saved SAEs take them raw all the same")
     max_norm_multiple: float = option("a norm above this many medians is an outlier")
     # -- evaluation, logging, saving
     eval_num_inputs: int = option("contexts of evaluation")

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "buffer": "data world",
     "cache": "buffer files pretrained",
     "evaluation": "buffer dictionary model",
-    "training": "files formats kernels trainers world",
+    "training": "dictionary files formats kernels trainers world",
     "tracking": "files",
     "plotting": "files",
     "model_card": "files plotting",
