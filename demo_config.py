@@ -57,6 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         prepend_bos=True,
         llm_batch_size=16,
         dtype="float32",
+        quantization=None,
         attn_implementation=None,
     ),
     "the SAEs and their buffer": dict(

@@ -328,7 +328,8 @@ class ActivationSource:
         """The activations of a batch of a shard, by the LLM."""
         tokens_BL, mask_BL = batch
         x_by_layer = self._activations(tokens_BL, mask_BL)
-        flat = {layer: rearrange(x_BLD, "b l d -> (b l) d") for layer, x_BLD in x_by_layer.items()}
+        # a model that is spread over devices has its layers on several
+        flat = {k: rearrange(x_BLD, "b l d -> (b l) d").to(self.lm.device) for k, x_BLD in x_by_layer.items()}
         return Positions(flat, mask_BL.flatten(), *tokens_BL.shape)
 
     def _medians(self, mask_P: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:

@@ -40,6 +40,7 @@ SETTINGS = (
     "model_name",
     "revision",
     "dtype",
+    "quantization",
     "attn_implementation",
     "dataset",
     "split",

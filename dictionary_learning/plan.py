@@ -12,7 +12,7 @@ import torch
 
 from . import cache
 from .data import estimate_tokens, open_documents
-from .model import load_tokenizer, model_shape, resolve_device, same_model
+from .model import load_tokenizer, model_shape, needs_extra, resolve_device, same_model
 from .reading import Reading
 from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
@@ -130,6 +130,7 @@ def make_plan(
     for config in configs:  # the trainers' own checks, before anything is loaded
         config["trainer"].Config(**{key: value for key, value in config.items() if key != "trainer"})
     check_split(options, sweep, world)
+    check_placement(options, sweep, world)
     if sweep.kernels == "triton" and not device.startswith("cuda"):
         raise ValueError(f"--kernels triton needs a GPU, not --device {device}.")
     if sweep.buffer_tokens < 2 * sweep.sae_batch_size:
@@ -192,6 +193,21 @@ def check_activations(plan: Plan, folder: str) -> None:
             f"the run asks for {sweep.num_tokens:,}: ask for fewer with --num_tokens, read them again with --epochs, "
             "or write more with --cache."
         )
+
+
+def check_placement(options: Options, sweep: Sweep, world: World) -> None:
+    """ValueError where the language model cannot be placed as asked, before anything is downloaded."""
+    if options.llm_device is not None and options.device_map is not None:
+        raise ValueError("--llm_device and --device_map both place the language model: give one of the two.")
+    for flag in ("llm_device", "device_map"):
+        if world.size > 1 and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is for one process, and torchrun started {world.size}.")
+    if options.llm_device is not None:
+        resolve_device(options.llm_device)
+    if options.device_map is not None:
+        needs_extra("accelerate", "device_map", f"--device_map {options.device_map}")
+    for package in ("bitsandbytes", "accelerate") if sweep.quantization is not None else ():
+        needs_extra(package, "quantization", f"--quantization {sweep.quantization}")
 
 
 def check_split(options: Options, sweep: Sweep, world: World) -> None:

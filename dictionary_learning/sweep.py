@@ -28,6 +28,7 @@ EVALUATION_SETTINGS = (
     "context_length",
     "prepend_bos",
     "dtype",
+    "quantization",
     "mask",
     "exclude_special_tokens",
     "eval_num_inputs",
@@ -53,6 +54,10 @@ class Options:
     architectures: list[str] = option("which kinds of SAE", None, metavar="NAME")
     preset: str | None = option("a published recipe in place of the defaults", None)
     device: str | None = option("cuda, cuda:1, mps, cpu, ... (default: the first of them that is there)", None)
+    llm_device: str | None = option("where the language model runs (default: --device, as the SAEs)", None)
+    device_map: str | None = option(
+        "spread the language model over all GPUs and the CPU (needs accelerate)", None, choices=("auto",)
+    )
     dry_run: bool = option("check everything, print the plan, and stop", False)
     resume: bool = option("continue this run where its last state was saved", False)
     overwrite: bool = option("delete an earlier run of the same name first", False)
@@ -129,6 +134,9 @@ class Sweep:
     prepend_bos: bool = option("begin contexts with the tokenizer's bos, or what stands in for it")
     llm_batch_size: int = option("contexts the language model reads at a time")
     dtype: str = option("of the language model", choices=("float32", "bfloat16", "float16"))
+    quantization: str | None = option(
+        "weights of the language model in so many bits (needs bitsandbytes)", choices=("8bit", "4bit")
+    )
     attn_implementation: str | None = option("of the language model: eager, sdpa, flash_attention_2")
     # -- the SAEs and their buffer
     sae_batch_size: int = option("activations a training step")
