@@ -110,8 +110,9 @@ def shard_folder(folder: str | Path, shard: int) -> Path:
 
 def n_shards(folder: str | None) -> int | None:
     """The shards of the text in a cache; None where there is no cache yet."""
-    there = folder is not None and (Path(folder) / INDEX).exists()
-    return read_index(folder)["settings"]["text_shards"] if there else None
+    if folder is None or not (Path(folder) / INDEX).exists():
+        return None
+    return read_index(folder)["settings"]["text_shards"]
 
 
 def held(folder: str | Path, n: int) -> tuple[int, int]:

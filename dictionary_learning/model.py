@@ -262,7 +262,9 @@ def _placement(
         needs_extra(package, "quantization", f"--quantization {quantization}")
     from transformers import BitsAndBytesConfig
 
-    form = {"load_in_8bit": True} if quantization == "8bit" else {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
+    form: dict[str, Any] = {f"load_in_{quantization}": True}
+    if quantization == "4bit":
+        form["bnb_4bit_compute_dtype"] = dtype
     # quantised weights cannot be moved afterwards
     return {"device_map": device_map or {"": str(device)}, "quantization_config": BitsAndBytesConfig(**form)}
 
@@ -270,7 +272,7 @@ def _placement(
 def _with_adapter(model: Any, origin: Pretrained) -> Any:
     """The model with the weights of its adapter merged in; of layers that were cut, the adapter's are left out."""
     needs_extra("peft", "adapters", f"{origin.name!r} is a PEFT adapter (LoRA), which")
-    from peft import PeftModel
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]
 
     with origin.one_sentence():
         return PeftModel.from_pretrained(model, str(origin.adapter)).merge_and_unload()

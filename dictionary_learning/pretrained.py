@@ -98,9 +98,9 @@ def _base_of_adapter(folder: Path) -> tuple[str, str | None] | None:
         return None
     try:
         config = json.loads(path.read_bytes())
-        base = config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+    except ValueError as error:
+        raise ValueError(f"cannot load {str(folder)!r}: its adapter_config.json is damaged ({error})") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"cannot load {str(folder)!r}: its adapter_config.json names no base_model_name_or_path")
     return base, config.get("revision")

@@ -178,8 +178,8 @@ def open_source(plan: Plan) -> tuple[Any, list[Any]]:
         texts = world.together(lambda: {s: plan.open_text(lm.tokenizer, evaluation=False, shard=(s, n)) for s in mine})
     world.connect(lm.device)
     folder = options.cache or options.activations
-    if options.cache:
-        world.together(lambda: cache.begin(options.cache, json.loads(json.dumps(plan.cached()))), rank=0)
+    if folder and options.cache:
+        world.together(lambda: cache.begin(folder, json.loads(json.dumps(plan.cached()))), rank=0)
     if folder:
         texts = world.together(
             lambda: {
@@ -332,10 +332,11 @@ def write_cache(plan: Plan) -> int:
         for text in filter(None, shards):
             text.close()
     end_cache(plan, buffer)
-    assert plan.options.cache is not None
-    n_positions, size = world.together(lambda: cache.held(plan.options.cache, plan.text_shards))
-    seconds = time.monotonic() - started
-    print(f"{plan.options.cache} holds {n_positions:,} activations of each layer, {size_text(size)} ({seconds:.0f} s)")
+    folder, seconds = plan.options.cache, time.monotonic() - started
+    assert folder is not None
+    world.gather(None)  # every shard is written
+    n_positions, size = cache.held(folder, plan.text_shards)
+    print(f"{folder} holds {n_positions:,} activations of each layer, {size_text(size)} ({seconds:.0f} s)")
     if ended:
         world.tell("the text ended before the asked tokens: give the same command more --epochs")
         return ENDED_EARLY
