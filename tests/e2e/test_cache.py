@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -276,3 +277,14 @@ def test_two_processes_write_and_read_their_own_shards(fixed, tmp_path):
     code, output = finish(torchrun(2, list(map(str, read))))
     assert code == 0, output[-3000:]
     assert_same(tmp_path / "text", tmp_path / "disk", 4)
+
+
+if __name__ == "__main__":  # python tests/e2e/test_cache.py 10
+    with tempfile.TemporaryDirectory() as name:
+        command = f"""--model_name tiny-python --layers 1 2 --num_tokens 100000 --device cpu --cache_only
+            --save_dir {name}/run --cache""".split()
+        folders = Path(name, "straight"), Path(name, "killed")
+        kill_often([*command, str(folders[0])], folders[0], kills=0, seed=0)
+        print("files at each kill:", kill_often([*command, str(folders[1])], folders[1], int(sys.argv[1]), seed=0))
+        equal = content(folders[0]) == content(folders[1])
+        print(f"{len(content(folders[0]))} files, {'equal to the bit' if equal else 'DIFFERENT'}")
