@@ -124,8 +124,12 @@ def resolve(args: argparse.Namespace, recorded: Mapping[str, Any] | None = None)
 def make_plan(args: argparse.Namespace, world: "World") -> "Plan":
     """What the flags ask for, resolved against the model and the machine; ValueError for what cannot work."""
     options, sweep = resolve(args)
+    from dictionary_learning import cache, plan
+
+    if options.activations:  # what they are of is not asked again
+        index = cache.read_index(options.activations)
+        options, sweep = resolve(args, {"layers": index["layers"], **index["settings"]})
     check_sweep(sweep, options.architectures)
-    from dictionary_learning import plan
 
     defaults = dataclasses.asdict(Sweep.of(DEFAULTS))
     return plan.make_plan(options, sweep, ARCHITECTURES, defaults, world)
@@ -181,7 +185,7 @@ def walk(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace, world: "World") -> int:
-    from dictionary_learning.run import carry_out, check, evaluate_only, upload
+    from dictionary_learning.run import carry_out, check, evaluate_only, upload, write_cache
 
     if args.upload_only is not None:
         return upload(resolve(args)[0], args.upload_only) if world.rank == 0 else 0
@@ -189,7 +193,9 @@ def run(args: argparse.Namespace, world: "World") -> int:
         return evaluate_only(partial(resolve, args), ARCHITECTURES, world)
     plan = world.together(lambda: make_plan(args, world))
     world.together(lambda: check(plan), rank=0)
-    return 0 if args.dry_run else carry_out(plan)
+    if args.dry_run:
+        return 0
+    return write_cache(plan) if args.cache_only else carry_out(plan)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         prepend_bos=True,
         llm_batch_size=16,
         dtype="float32",
+        quantization=None,
         attn_implementation=None,
     ),
     "the SAEs and their buffer": dict(
@@ -68,6 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         mask=True,
         exclude_special_tokens=False,
         max_norm_multiple=10.0,
+        center=False,
     ),
     "evaluation, logging, saving": dict(
         eval_num_inputs=200,

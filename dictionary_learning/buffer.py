@@ -44,6 +44,11 @@ class Mask(NamedTuple):
         return cls(buffer_config.get("mask", True), bound)
 
 
+def inner_positions(mask_BL: Tensor, drop_bos: bool = True) -> Tensor:
+    """What is text, and with `drop_bos` no mark between texts: all of the mask that the activations play no part in."""
+    return (mask_BL > 0) & (mask_BL < MARK) if drop_bos else mask_BL > 0
+
+
 def position_mask(
     mask_BL: Tensor,
     x_by_layer: dict[int, Tensor],
@@ -63,7 +68,7 @@ def position_mask(
     device = next(iter(x_by_layer.values())).device
     mask_BL = mask_BL.to(device)
     text_BL = mask_BL > 0
-    inner_BL = text_BL & (mask_BL < MARK) if drop_bos else text_BL
+    inner_BL = inner_positions(mask_BL, drop_bos)
     finite_BL, keep_BL = inner_BL, inner_BL
     for layer, x_BLD in x_by_layer.items():
         norms_BL = _norms(x_BLD)
@@ -96,6 +101,20 @@ def nonfinite_sentence(counts: Mapping[str, int], lm: Any) -> str | None:
 def too_many_nonfinite(counts: Mapping[str, int], at_least: int = 1) -> bool:
     """Whether these are more than leaving them out can mend; at_least: of so many, where fewer were read so far."""
     return counts["nonfinite"] > MOST_NONFINITE * max(counts["tokens"], at_least)
+
+
+class Positions(NamedTuple):
+    """The positions of one LLM batch, in a row: what `position_mask` takes, and what it cannot see.
+
+    bos, padding: how many are left out already.
+    """
+
+    x_by_layer: dict[int, Tensor]  # {layer: x_PD}
+    mask_P: Tensor
+    n_texts: int
+    length: int
+    bos: int = 0
+    padding: int = 0
 
 
 @dataclass
@@ -225,7 +244,7 @@ class ActivationSource:
                 if taken[s][0] is None:
                     report[self._REPORT.index("ended")] = 1
                 else:
-                    made[s], numbers = self._run(*taken[s][0])
+                    made[s], numbers = self._run(s, taken[s][0])
                     report.copy_(torch.tensor(numbers, dtype=torch.float64))
         start = perf_counter()
         self.world.sum_(reports_W)
@@ -287,28 +306,38 @@ class ActivationSource:
         self.seconds["text"] += perf_counter() - start
         return batch, state
 
-    def _run(self, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[dict[int, Tensor], list[float]]:
-        """{layer: x_ND} of the unmasked positions of a batch of text, and the report about it."""
+    def _run(self, shard: int, batch: Any) -> tuple[dict[int, Tensor], list[float]]:
+        """{layer: x_ND} of the unmasked positions of a batch of a shard, and the report about it."""
         start = perf_counter()
-        x_by_layer = self._activations(tokens_BL, mask_BL)
+        x_by_layer, mask_P, *about = self._positions(shard, batch)
+        n_texts, length, bos, padding = about
         medians = {}
         if self.mask and not self.median_norms:
-            medians = self.median_norms = self._medians(mask_BL, x_by_layer)
-        keep_BL, counts = position_mask(mask_BL, x_by_layer, self.norm_bound(), drop_bos=self.mask)
-        kept_N = keep_BL.flatten().nonzero().squeeze(1)
-        flat = {layer: rearrange(x_BLD, "b l d -> (b l) d") for layer, x_BLD in x_by_layer.items()}
-        rows = {k: x_PD.index_select(0, kept_N).to(self.device, self.lm.dtype) for k, x_PD in flat.items()}
+            medians = self.median_norms = self._medians(mask_P, x_by_layer)
+        keep_P, counts = position_mask(mask_P, x_by_layer, self.norm_bound(), drop_bos=self.mask)
+        kept_N = keep_P.nonzero().squeeze(1)
+        rows = {k: x_PD.index_select(0, kept_N).to(self.device, self.lm.dtype) for k, x_PD in x_by_layer.items()}
         self.seconds["llm"] += perf_counter() - start
-        said = {"rows": len(kept_N), "ended": 0, "failed": 0, "texts": len(tokens_BL), "length": tokens_BL.shape[1]}
+        for name, n in {"tokens": bos, "bos": bos, "padding": padding}.items():
+            counts[name] += n
+        said = {"rows": len(kept_N), "ended": 0, "failed": 0, "texts": n_texts, "length": length}
         said |= {"halvings": self.llm_batch_halvings, **counts}
         return rows, [*(said[name] for name in self._REPORT), *(medians.get(layer, 0.0) for layer in self.layers)]
 
-    def _medians(self, mask_BL: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
+    def _positions(self, shard: int, batch: Any) -> Positions:
+        """The activations of a batch of a shard, by the LLM."""
+        tokens_BL, mask_BL = batch
+        x_by_layer = self._activations(tokens_BL, mask_BL)
+        # a model that is spread over devices has its layers on several
+        flat = {k: rearrange(x_BLD, "b l d -> (b l) d").to(self.lm.device) for k, x_BLD in x_by_layer.items()}
+        return Positions(flat, mask_BL.flatten(), *tokens_BL.shape)
+
+    def _medians(self, mask_P: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
         """{layer: median norm} over the positions that are text and finite; empty where there are none."""
-        keep_BL, _ = position_mask(mask_BL, x_by_layer)
-        if not keep_BL.any():
+        keep_P, _ = position_mask(mask_P, x_by_layer)
+        if not keep_P.any():
             return {}
-        medians = {layer: _norms(x_BLD)[keep_BL].median().item() for layer, x_BLD in x_by_layer.items()}
+        medians = {layer: _norms(x_PD)[keep_P].median().item() for layer, x_PD in x_by_layer.items()}
         for layer, median in medians.items():
             if median == 0:
                 raise ValueError(
@@ -372,6 +401,7 @@ class ActivationBuffer:
     mask: False keeps every position that is not padding.
     max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.
     readers: {layer: the ranks that read it}, all of them by default.
+    source: where the activations come from, the LLM or, with `cache.CachedSource`, the disk.
     Raises ValueError where C is smaller than a batch and, at the first fill, where the whole text is; and where more
     than a thousandth of the positions have activations that are not finite. Of fewer it warns, once.
     """
@@ -390,6 +420,7 @@ class ActivationBuffer:
         max_norm_multiple: float = 10.0,
         world: World | None = None,
         readers: Mapping[int, Sequence[int]] | None = None,
+        source: type[ActivationSource] = ActivationSource,
     ):
         if n_tokens < out_batch_size:
             raise ValueError(f"a buffer of {n_tokens} tokens is smaller than a batch of {out_batch_size}: enlarge it")
@@ -397,7 +428,7 @@ class ActivationBuffer:
         self.n_tokens, self.out_batch_size = n_tokens, out_batch_size
         self.device = torch.device(lm.device if device is None else device)
         self.generator = torch.Generator().manual_seed(seed)
-        self.source = ActivationSource(
+        self.source = source(
             batches if isinstance(batches, list) else [batches],
             lm,
             self.layers,
@@ -408,6 +439,8 @@ class ActivationBuffer:
             max_norm_multiple=max_norm_multiple,
         )
         self._norm_factors: dict[int, float] = {}
+        self._spreads: dict[int, float] = {}
+        self._means: dict[int, Tensor] = {}
 
         # rows order_C[cursor:] are unread, and read in this order; rows order_C[:cursor] are free
         self._rows_CD = {
@@ -453,6 +486,23 @@ class ActivationBuffer:
         return self._norm_factors
 
     @property
+    def means(self) -> dict[int, Tensor]:
+        """{layer: mean_D} over the same batches; fp32, on the CPU, of all layers on every rank."""
+        self._fill_first()
+        return self._means
+
+    @property
+    def spreads(self) -> dict[int, float]:
+        """{layer: sqrt(mean of |x - mean|^2)} over the same batches."""
+        self._fill_first()
+        return self._spreads
+
+    @property
+    def mean_to_std(self) -> dict[int, float]:
+        """{layer: |mean| / spread}: how far from the origin activations lie, against how far from each other."""
+        return {layer: mean_D.norm().item() / (self.spreads[layer] or 1.0) for layer, mean_D in self.means.items()}
+
+    @property
     def median_norms(self) -> dict[int, float]:
         """{layer: median norm} over the first LLM batch without bos and padding; empty with mask=False."""
         self._fill_first()
@@ -475,12 +525,23 @@ class ActivationBuffer:
                 "give it more text"
             )
         first = self._order_C[self._cursor :][: NORM_FACTOR_BATCHES * self.out_batch_size].split(self.out_batch_size)
-        factors = torch.zeros(len(self.layers), dtype=torch.float64)
+        n_rows = sum(map(len, first))
+        moments = torch.zeros(len(self.layers), 2 + self.lm.activation_dim, dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             if self._speaks_for(layer):
-                norms = torch.cat([_norms(self._rows_CD[layer].index_select(0, rows_B)).cpu() for rows_B in first])
-                factors[i] = norms.double().square().mean().sqrt()
-        self._norm_factors = dict(zip(self.layers, self.world.sum_(factors).tolist(), strict=True))
+                x_CD = self._rows_CD[layer]
+                sums = [x_CD.index_select(0, rows_B).float().sum(0).cpu().double() for rows_B in first]
+                mean_D = (torch.stack(sums).sum(0) / n_rows).float()
+                norms = [_norms(x_CD.index_select(0, rows_B)).cpu() for rows_B in first]
+                centred = [_norms(x_CD.index_select(0, rows_B) - mean_D.to(x_CD.device)).cpu() for rows_B in first]
+                for j, part in enumerate((norms, centred)):
+                    moments[i, j] = torch.cat(part).double().square().mean().sqrt()
+                moments[i, 2:] = mean_D
+        moments = self.world.sum_(moments)
+        factors, spreads = moments[:, :2].T.tolist()
+        self._norm_factors = dict(zip(self.layers, factors, strict=True))
+        self._spreads = dict(zip(self.layers, spreads, strict=True))
+        self._means = dict(zip(self.layers, moments[:, 2:].float(), strict=True))
 
     def _speaks_for(self, layer: int) -> bool:
         """Whether, of the ranks that read a layer and all have the same rows of it, this one says what they are."""
@@ -555,6 +616,8 @@ class ActivationBuffer:
                 "n_surplus": [len(x_by_layer[self.layers[0]]) for x_by_layer in self._surplus],
                 "generator": self.generator.get_state(),
                 "norm_factors": dict(self._norm_factors),
+                "spreads": dict(self._spreads),
+                "means": {layer: mean_D.clone() for layer, mean_D in self._means.items()},
                 "filling": self._filling,
             }
         return state
@@ -579,3 +642,4 @@ class ActivationBuffer:
                 x_by_layer[layer] = x_ND
         self.generator.set_state(plain["generator"])
         self._norm_factors, self._filling = dict(plain["norm_factors"]), plain["filling"]
+        self._spreads, self._means = dict(plain.get("spreads", {})), dict(plain.get("means", {}))  # none in older ones

@@ -20,6 +20,8 @@ class Dictionary(nn.Module):
     """Base of all SAEs: x_BD -> f_BF by `encode`, f_BF -> x_hat_BD by `decode`."""
 
     biases: ClassVar[tuple[str, ...]]  # what scales with the activations
+    output_bias: ClassVar[str] = "b_dec"
+    input_bias: str | None = None  # of the encoder, where this does not take the output bias from x first
     activation_dim: int
     dict_size: int
     encoder: nn.Linear  # where the class has them; others have W_enc and W_dec
@@ -65,6 +67,15 @@ class Dictionary(nn.Module):
         state = self.state_dict(keep_vars=True)
         for name in self.biases:
             state[name].mul_(scale)
+
+    @torch.no_grad()
+    def shift(self, mean_D: Tensor) -> None:
+        """Make SAE'(x + mean) = SAE(x) + mean: features and weights stay."""
+        state = self.state_dict(keep_vars=True)
+        mean_D = mean_D.to(self.encoder_FD)
+        state[self.output_bias].add_(mean_D)
+        if self.input_bias is not None:
+            state[self.input_bias].sub_(self.encoder_FD @ mean_D)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
@@ -128,6 +139,7 @@ class AutoEncoder(Dictionary):
     """
 
     biases = ("encoder.bias", "bias")
+    output_bias = "bias"
 
     def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -186,6 +198,7 @@ class AutoEncoderNew(Dictionary):
     """
 
     biases = ("encoder.bias", "decoder.bias")
+    output_bias, input_bias = "decoder.bias", "encoder.bias"
 
     def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -221,6 +234,7 @@ class GatedAutoEncoder(Dictionary):
     """
 
     biases = ("decoder_bias", "mag_bias", "gate_bias")
+    output_bias = "decoder_bias"
 
     def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -285,6 +299,7 @@ class JumpReluAutoEncoder(MatrixDictionary):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.input_bias = None if apply_b_dec_to_input else "b_enc"
         w_FD = torch.empty(dict_size, activation_dim)
         nn.init.kaiming_uniform_(w_FD, generator=generator)
         w_FD = unit_rows(w_FD)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .pretrained import BUILT_IN as BUILT_IN
 from .pretrained import Pretrained, one_sentence
 from .pretrained import model_identity as model_identity
+from .pretrained import needs_extra as needs_extra
+from .pretrained import same_model as same_model
 from .tokenizer import as_ids, check_token_ids, text_marks, tokenizer_of
 from .tokenizer import generation_eos_ids as generation_eos_ids
 from .tokenizer import load_tokenizer as load_tokenizer
@@ -43,18 +45,21 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 def _skeleton(model: Pretrained) -> Any:
     """The whole model on the meta device: every module, no memory and no download but the config's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import meta_device_safe_creation_ops
 
     model.check_kind()
     with model.one_sentence():
         config = AutoConfig.from_pretrained(model.source, **model.options)
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    kind = AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in kind._model_mapping:
+        kind = AutoModelForImageTextToText  # whose text side is a causal language model
+    if type(config) not in kind._model_mapping and not hasattr(config, "auto_map"):
         what = f"is of type {config.model_type}, which is no causal language model of transformers"
         raise ValueError(f"{model.name!r} {what}")
     with model.one_sentence(), torch.device("meta"), meta_device_safe_creation_ops():
         trust = model.options["trust_remote_code"]
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return kind.from_config(config, trust_remote_code=trust)
 
 
 def _decoder(model: Any) -> Any:
@@ -184,12 +189,16 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    device_map: str | None = None,
 ) -> "LanguageModel":
     """A causal LM and its tokenizer.
 
     name: a Hub id, a local folder, or "tiny-python".
     last_layer: with k, only what layers 0 to k need takes memory (no later block, no unembedding), so `activations`
         is all the model can do; None loads everything.
+    quantization: "8bit" or "4bit", by bitsandbytes. device_map: "auto" spreads the model over all devices, by
+        accelerate; `device` then plays no part.
     Raises ValueError for a model that is not there or not open to the user, that is no causal LM, whose layers are
     not found, that has no such layer, whose blocks do not hand on one residual stream, whose files lack weights or
     have some of other sizes, or whose tokenizer has more tokens than it.
@@ -204,7 +213,9 @@ def load_model(
         model_class = _truncated(model_class, path, last_layer)
     tokenizer = tokenizer_of(origin)
     check_token_ids(tokenizer, n_embeddings, name)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = _placement(device, dtype, quantization, device_map)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     with origin.one_sentence():
         model, info = model_class.from_pretrained(
             origin.source,
@@ -214,13 +225,20 @@ def load_model(
             **origin.options,
             **options,
         )
+    if origin.adapter is not None:
+        model = _with_adapter(model, origin)
     if info["mismatched_keys"]:
         key, found, wanted = sorted(info["mismatched_keys"])[0]
         sizes = f"{list(found)} where the config says {list(wanted)}"
         raise ValueError(f"the files of {name!r} do not fit its config.json: {key} is {sizes}")
     with _entered() as entered:
         lm = LanguageModel(
-            model.to(device), tokenizer, name, layers_path=path, last_layer=last_layer, n_layers=n_layers
+            model if options.get("device_map") else model.to(device),
+            tokenizer,
+            name,
+            layers_path=path,
+            last_layer=last_layer,
+            n_layers=n_layers,
         )
     missing = sorted(info["missing_keys"])
     if last_layer is not None:  # files of a base model lack what is beside or above the blocks
@@ -230,6 +248,34 @@ def load_model(
     if missing:
         raise ValueError(f"the files of {name!r} lack {len(missing)} weights of the model, such as {missing[0]}")
     return lm
+
+
+def _placement(
+    device: str | torch.device, dtype: torch.dtype, quantization: str | None, device_map: str | None
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of where the weights go and in which form; ValueError without the packages."""
+    if device_map is not None:
+        needs_extra("accelerate", "device_map", f"--device_map {device_map}")
+    if quantization is None:
+        return {} if device_map is None else {"device_map": device_map}
+    for package in ("bitsandbytes", "accelerate"):
+        needs_extra(package, "quantization", f"--quantization {quantization}")
+    from transformers import BitsAndBytesConfig
+
+    form: dict[str, Any] = {f"load_in_{quantization}": True}
+    if quantization == "4bit":
+        form["bnb_4bit_compute_dtype"] = dtype
+    # quantised weights cannot be moved afterwards
+    return {"device_map": device_map or {"": str(device)}, "quantization_config": BitsAndBytesConfig(**form)}
+
+
+def _with_adapter(model: Any, origin: Pretrained) -> Any:
+    """The model with the weights of its adapter merged in; of layers that were cut, the adapter's are left out."""
+    needs_extra("peft", "adapters", f"{origin.name!r} is a PEFT adapter (LoRA), which")
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]
+
+    with origin.one_sentence():
+        return PeftModel.from_pretrained(model, str(origin.adapter)).merge_and_unload()
 
 
 @contextmanager

@@ -311,6 +311,7 @@ def _training(run: dict[str, Any], records: list[SAERecord]) -> list[str]:
         "Model": _link(settings["model_name"]) if "model_name" in settings else "",
         "Text": _link(settings["dataset"], "datasets/") if "dataset" in settings else "",
         "Text of the evaluation": _link(settings["eval_dataset"], "datasets/") if "eval_dataset" in settings else "",
+        "Started from": f"the SAEs of `{settings['init_from']}`" if settings.get("init_from") else "",
         "Tokens": f"{run['tokens']:,}" if "tokens" in run else "",
         "Rows of the text that were skipped": _skipped(run),
         "Context length": settings.get("context_length", ""),

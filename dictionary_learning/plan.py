@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from . import cache
 from .data import estimate_tokens, open_documents
-from .model import load_tokenizer, model_shape, resolve_device
+from .model import load_tokenizer, model_shape, needs_extra, resolve_device, same_model
 from .reading import Reading
+from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
 from .world import World
 
@@ -33,6 +35,7 @@ class Plan(Reading):
     rows: Mapping[str, Architecture]  # of all architectures there are
     configs: list[dict[str, Any]]  # of all layers, in order
     defaults: Mapping[str, Any]  # of all settings
+    starts: list[str]  # what each SAE starts from; empty: from random weights
 
     @property
     def autocast(self) -> str:
@@ -70,6 +73,21 @@ class Plan(Reading):
             "eval_is_held_out": self.held_out,
             "autocast": self.autocast,
             "save_checkpoints": self.options.save_checkpoints,
+            "init_from": self.options.init_from,
+            "cache": self.options.cache,
+            "activations": self.options.activations,
+        }
+
+    def cached(self) -> dict[str, Any]:
+        """What the index of activations of this run's text says of them."""
+        settings = self.settings()
+        return {
+            "settings": {name: settings[name] for name in cache.SETTINGS},
+            "layers": self.layers,
+            "activation_dim": self.activation_dim,
+            "model": self.identity,
+            "held_out": self.held_out,
+            "seed": self.sweep.random_seeds[0],  # of the text's order
         }
 
 
@@ -102,6 +120,7 @@ def make_plan(
         raise ValueError(
             f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens {name} can read."
         )
+    check_cache(options, sweep)
     asked = {key: row for key, row in rows.items() if key in options.architectures}
     configs = [
         config
@@ -111,6 +130,7 @@ def make_plan(
     for config in configs:  # the trainers' own checks, before anything is loaded
         config["trainer"].Config(**{key: value for key, value in config.items() if key != "trainer"})
     check_split(options, sweep, world)
+    check_placement(options, sweep, world)
     if sweep.kernels == "triton" and not device.startswith("cuda"):
         raise ValueError(f"--kernels triton needs a GPU, not --device {device}.")
     if sweep.buffer_tokens < 2 * sweep.sae_batch_size:
@@ -118,7 +138,7 @@ def make_plan(
             f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
             f"{sweep.sae_batch_size:,}."
         )
-    return Plan(
+    plan = Plan(
         options=options,
         sweep=sweep,
         schedule=schedule,
@@ -128,14 +148,66 @@ def make_plan(
         architectures=options.architectures,
         device=device,
         world=world,
-        text_shards=sweep.text_shards or world.size,
+        text_shards=sweep.text_shards or cache.n_shards(options.cache) or world.size,
         activation_dim=shape.activation_dim,
         n_layers=shape.n_layers,
         llm_parameters=shape.n_parameters,
         rows=rows,
         configs=configs,
         defaults=defaults,
+        starts=find_starts(options.init_from, configs) if options.init_from else [],
     )
+    if options.activations:
+        check_activations(plan, options.activations)
+    return plan
+
+
+def check_cache(options: Options, sweep: Sweep) -> None:
+    if options.cache_only and not options.cache:
+        raise ValueError("--cache_only needs --cache FOLDER, which gets the activations.")
+    if options.cache and options.activations:
+        raise ValueError("--cache writes activations and --activations reads them: give one of the two.")
+
+
+def check_activations(plan: Plan, folder: str) -> None:
+    """ValueError where the activations on the disk are not those that the run asks for, or too few."""
+    index, asked, sweep = cache.read_index(folder), plan.cached(), plan.sweep
+    differs = [
+        f"they are of {name} {index['settings'].get(name)}, not {value}"
+        for name, value in asked["settings"].items()
+        if index["settings"].get(name) != value
+    ]
+    missing = [layer for layer in plan.layers if layer not in index["layers"]]
+    if missing:
+        differs.append(f"they are of the layers {index['layers']}, not of {missing}")
+    if not same_model(index["model"], asked["model"]):
+        differs.append(f"{plan.model_name} is another model by now")
+    if plan.held_out and not index["held_out"]:
+        differs.append(f"{sweep.eval_dataset} would be evaluated on text that is among them")
+    if differs:
+        raise ValueError(f"the activations in {folder} do not fit the run: {'; '.join(differs)}.")
+    n_positions = sweep.epochs * cache.held(folder, plan.text_shards)[0]
+    if n_positions < plan.schedule.steps * sweep.sae_batch_size:
+        raise ValueError(
+            f"{folder} holds {n_positions:,} activations of each layer{' in all epochs' if sweep.epochs > 1 else ''}, "
+            f"the run asks for {sweep.num_tokens:,}: ask for fewer with --num_tokens, read them again with --epochs, "
+            "or write more with --cache."
+        )
+
+
+def check_placement(options: Options, sweep: Sweep, world: World) -> None:
+    """ValueError where the language model cannot be placed as asked, before anything is downloaded."""
+    if options.llm_device is not None and options.device_map is not None:
+        raise ValueError("--llm_device and --device_map both place the language model: give one of the two.")
+    for flag in ("llm_device", "device_map"):
+        if world.size > 1 and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is for one process, and torchrun started {world.size}.")
+    if options.llm_device is not None:
+        resolve_device(options.llm_device)
+    if options.device_map is not None:
+        needs_extra("accelerate", "device_map", f"--device_map {options.device_map}")
+    for package in ("bitsandbytes", "accelerate") if sweep.quantization is not None else ():
+        needs_extra(package, "quantization", f"--quantization {sweep.quantization}")
 
 
 def check_split(options: Options, sweep: Sweep, world: World) -> None:
@@ -158,6 +230,7 @@ class Needs:
     saes: int
     step: int
     disk: int
+    cache: int  # in --cache, beside what it holds
 
 
 def needs(plan: Plan) -> Needs:
@@ -168,12 +241,16 @@ def needs(plan: Plan) -> Needs:
     element = 4 if sweep.dtype == "float32" else 2
     buffer = sweep.buffer_tokens * len(plan.layers) * plan.activation_dim * element
     n_files = 2 + (len(checkpoint_steps(plan)) if plan.options.save_checkpoints else 0)
+    text = sweep.buffer_tokens + sweep.num_tokens  # the buffer is full to the end
+    cached = text * len(plan.layers) * plan.activation_dim * element if plan.options.cache else 0
+    there = cache.held(plan.options.cache, plan.text_shards)[1] if plan.options.cache else 0
     return Needs(
         llm=plan.llm_parameters * element,
         buffer=buffer,
         saes=12 * sum(parameters) // plan.world.size,
         step=4 * (max(parameters) + 2 * sweep.sae_batch_size * width) // plan.options.shard_latents,
         disk=4 * n_files * sum(parameters) + 3 * (12 * sum(parameters) + buffer),
+        cache=max(cached - there, 0),
     )
 
 
@@ -208,7 +285,14 @@ def describe(plan: Plan) -> str:
         f"evaluation: {'held-out part of ' if plan.held_out else ''}{sweep.eval_dataset}",
         *([f"short run, so schedules are scaled: {'; '.join(scaled)}"] if scaled else []),
         "memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items()),
-        f"disk: {size_text(needs(plan).disk)} in {plan.folder}",
+        *([] if plan.options.cache_only else [f"disk: {size_text(needs(plan).disk)} in {plan.folder}"]),
+        *(
+            [f"activations: {size_text(needs(plan).cache)} to write in {plan.options.cache}"]
+            if plan.options.cache
+            else []
+        ),
+        *([f"the SAEs start from {plan.options.init_from}"] if plan.starts else []),
+        *([f"activations: read from {plan.options.activations}"] if plan.options.activations else []),
         *([f"{plan.world.size} processes share the SAEs and the text"] if plan.world.size > 1 else []),
     ]
     return "\n".join(lines)
@@ -223,16 +307,22 @@ def size_text(n_bytes: float) -> str:
 
 
 def check_disk(plan: Plan) -> None:
-    parent = plan.folder
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needs(plan).disk:
-        raise ValueError(
-            f"the run needs {size_text(needs(plan).disk)} on disk, and {parent} has {size_text(free)} free."
-        )
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"{parent} cannot be written to: choose another --save_dir.")
+    need, options = needs(plan), plan.options
+    places = [] if options.cache_only else [("--save_dir", plan.folder, need.disk)]
+    places += [("--cache", Path(options.cache), need.cache)] if options.cache else []
+    needed: dict[int, int] = {}  # by file system
+    for flag, parent, size in places:
+        while not parent.exists():
+            parent = parent.absolute().parent
+        device = parent.stat().st_dev
+        needed[device] = needed.get(device, 0) + size
+        free = shutil.disk_usage(parent).free
+        if free < needed[device]:
+            raise ValueError(
+                f"the run needs {size_text(needed[device])} on disk, and {parent} has {size_text(free)} free."
+            )
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{parent} cannot be written to: choose another {flag}.")
 
 
 def check_text(plan: Plan) -> None:
@@ -243,7 +333,8 @@ def check_text(plan: Plan) -> None:
     sweep, source = plan.sweep, plan.source(evaluation=False)
     tokenizer = load_tokenizer(plan.model_name, plan.options.revision, plan.options.trust_remote_code)
     notes: list[str] = []
-    for evaluation in (False, True):
+    read = [*([] if plan.options.activations else [False]), *([] if plan.options.cache_only else [True])]
+    for evaluation in read:
         text = plan.open_text(tokenizer, evaluation=evaluation)
         try:
             if next(text, None) is None:
@@ -253,6 +344,8 @@ def check_text(plan: Plan) -> None:
         finally:
             text.close()
     print("\n".join(dict.fromkeys(notes)), end="\n" if notes else "")
+    if plan.options.activations:
+        return
     documents = open_documents(
         source.dataset,
         text_column=source.text_column,

@@ -1,11 +1,13 @@
 """What a model's name stands for: a folder, a model of the Hub or the built-in one, its files and its identity."""
 
 import hashlib
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,17 @@ class Pretrained:
 
     `options` are what `from_pretrained` of transformers takes beside `source`. Where the Hub cannot be reached they
     say so, and a model of the local cache loads at once.
+
+    A folder that holds a PEFT adapter and no model stands for the adapter's base model, with `adapter`, the folder.
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
         from transformers.utils.hub import resolve_revision
 
         self.name, self.source = name, str(BUILT_IN.get(name, name))
+        self.adapter: Path | None = None
+        if (base := _base_of_adapter(Path(self.source))) is not None:
+            self.adapter, revision, self.source = Path(self.source), base[1], str(BUILT_IN.get(base[0], base[0]))
         self.is_folder = Path(self.source).is_dir()
         offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
         if offline:
@@ -77,11 +84,39 @@ class Pretrained:
             adapter, config = (None, None) if is_gguf else (self.file("adapter_config.json"), self.file("config.json"))
         if adapter is not None:
             what = "a PEFT adapter (LoRA) lies beside the model" if config else "it is a PEFT adapter (LoRA), no model"
-            advice = "merge it into its base model (merge_and_unload of peft), save that and name its folder"
+            advice = "download it and name its folder" if config is None else "move it into a folder of its own"
             raise ValueError(f"cannot load {self.name!r}: {what}; {advice}")
         if config is None and (is_gguf or any(name.endswith(".gguf") for name in self._filenames())):
             advice = "name the model that it was converted from, a folder with config.json and safetensors"
             raise ValueError(f"cannot load {self.name!r}: GGUF files cannot be read; {advice}")
+
+
+def _base_of_adapter(folder: Path) -> tuple[str, str | None] | None:
+    """(name, revision) of the model that the PEFT adapter in a folder was trained on; None where there is none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").exists():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"cannot load {str(folder)!r}: its adapter_config.json is damaged ({error})") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"cannot load {str(folder)!r}: its adapter_config.json names no base_model_name_or_path")
+    return base, config.get("revision")
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    files = sorted([folder / "adapter_config.json", *folder.glob("adapter_model.*")])
+    if len(files) < 2:
+        raise ValueError(f"cannot load {str(folder)!r}: it has no adapter_model.safetensors")
+    return files
+
+
+def needs_extra(package: str, extra: str, what: str) -> None:
+    """ValueError that names the extra, where an optional package is missing."""
+    if find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}: pip install 'dictionary-learning-demo[{extra}]'")
 
 
 @contextmanager
@@ -155,6 +190,12 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
     if config is None:
         why = OUT_OF_REACH if model.options["local_files_only"] else "it has no config.json"
         raise ValueError(f"cannot load {name!r}: {why}")
+    if model.adapter is not None:
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _adapter_files(model.adapter)}
+        base = model_identity(model.source, model.options["revision"])
+        content = json.dumps([hashes, {key: value for key, value in base.items() if key != "path"}], sort_keys=True)
+        weights = hashlib.sha256(content.encode()).hexdigest()
+        return {"path": str(model.adapter.resolve()), "config": hashes["adapter_config.json"], "weights": weights}
     if not model.is_folder:
         from transformers.utils.hub import extract_commit_hash
 
@@ -168,6 +209,12 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
             weights.update(sample)
     hashes = {"config": hashlib.sha256(config.read_bytes()).hexdigest(), "weights": weights.hexdigest()}
     return {"id": name, **hashes} if name in BUILT_IN else {"path": str(config.parent.resolve()), **hashes}
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities (`model_identity`) are those of one model: the same commit, or the same content."""
+    keys = ("id", "commit") if "commit" in one and "commit" in other else ("config", "weights")
+    return all(key in one and one[key] == other.get(key) for key in keys)
 
 
 def _samples(path: Path) -> Iterator[bytes]:

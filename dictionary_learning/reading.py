@@ -78,12 +78,14 @@ class Reading:
         """The language model, up to a layer or whole."""
         return load_model(
             self.options.model_name,
-            device=self.device,
+            device=self.options.llm_device or self.device,
             dtype=getattr(torch, self.sweep.dtype),
             last_layer=last_layer,
             attn_implementation=self.sweep.attn_implementation,
             revision=self.options.revision,
             trust_remote_code=self.options.trust_remote_code,
+            quantization=self.sweep.quantization,
+            device_map=self.options.device_map,
         )
 
     def open_text(self, tokenizer: Any, *, evaluation: bool, shard: tuple[int, int] = (0, 1)) -> Any:

@@ -18,7 +18,7 @@ from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
-from .model import LanguageModel
+from .model import LanguageModel, same_model
 from .reading import Reading, run_record
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
@@ -201,12 +201,6 @@ def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:
 
 def _same_path(one: str, other: str) -> bool:
     return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
-
-
-def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two identities (`model.model_identity`) are those of one model: the same commit, or the same content."""
-    keys = ("id", "commit") if "commit" in one and "commit" in other else ("config", "weights")
-    return all(key in one and one[key] == other.get(key) for key in keys)
 
 
 def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from .buffer import ActivationBuffer
+from . import cache
+from .buffer import ActivationBuffer, ActivationSource
 from .data import skipped_sentence
 from .files import read_json, write_json
 from .kernels import Shard, use_kernels
@@ -25,10 +27,19 @@ from .model import LanguageModel, resolve_device
 from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, run_folder, size_text
 from .reading import Reading
 from .results import RESULTS, Named, evaluate, find_named
+from .start import load_start
 from .state import SavedState, load_state, save_state
 from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
 from .tracking import Tracker, WandbRuns
-from .training import Interrupted, Loop, TextEndedError, choose_workers, make_runs, step_microseconds
+from .training import (
+    Interrupted,
+    Loop,
+    TextEndedError,
+    choose_workers,
+    make_runs,
+    signals_noted,
+    step_microseconds,
+)
 from .world import World, job, restarted, spread
 
 
@@ -147,7 +158,36 @@ def make_buffer(
         max_norm_multiple=sweep.max_norm_multiple,
         world=plan.world,
         readers=None if readers is None else {layer: sorted(ranks) for layer, ranks in readers.items()},
+        source=cache.CachedSource if plan.options.cache or plan.options.activations else ActivationSource,
     )
+
+
+def open_source(plan: Plan) -> tuple[Any, list[Any]]:
+    """The language model, or what says of which one the activations are, and the shards of its text.
+
+    Shards that another rank reads are None.
+    """
+    world, options, n = plan.world, plan.options, plan.text_shards
+    mine = [s for s in range(n) if s % world.size == world.rank]
+    if options.activations:
+        D, dtype = plan.activation_dim, getattr(torch, plan.sweep.dtype)
+        lm = cache.CachedModel(plan.model_name, D, dtype, torch.device(plan.device))
+        texts = {}
+    else:
+        lm = world.together(lambda: plan.open_model(last_layer=max(plan.layers)))
+        texts = world.together(lambda: {s: plan.open_text(lm.tokenizer, evaluation=False, shard=(s, n)) for s in mine})
+    world.connect(lm.device)
+    folder = options.cache or options.activations
+    if folder and options.cache:
+        world.together(lambda: cache.begin(folder, json.loads(json.dumps(plan.cached()))), rank=0)
+    if folder:
+        texts = world.together(
+            lambda: {
+                s: cache.CachedText(cache.shard_folder(folder, s), plan.layers, texts.get(s), plan.sweep.epochs)
+                for s in mine
+            }
+        )
+    return lm, [texts.get(s) for s in range(n)]
 
 
 def train(
@@ -166,24 +206,24 @@ def train(
     readers: dict[int, set[int]] = {layer: set() for layer in plan.layers}
     for config, owner in zip(plan.configs, owners, strict=True):
         readers[config["layer"]].update(plan.groups[owner])
-    lm = world.together(lambda: plan.open_model(last_layer=max(plan.layers)))
-    world.connect(lm.device)
-    n = plan.text_shards
-    shards = world.together(
-        lambda: [
-            plan.open_text(lm.tokenizer, evaluation=False, shard=(s, n)) if s % world.size == world.rank else None
-            for s in range(n)
-        ]
-    )
+    lm, shards = open_source(plan)
     buffer = make_buffer(plan, lm, shards, readers)
     settings = plan.settings()
     text_settings = {name: settings[name] for name in sorted(TEXT_TO_CHANGE)}
     if state is not None:
         buffer.load_state_dict(state, new_text=state.get("text_settings", text_settings) != text_settings)
-    norm_factors = buffer.norm_factors
+    norm_factors = buffer.spreads if sweep.center else buffer.norm_factors
+    means = buffer.means if sweep.center else {}
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
     runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
+    for run in runs if plan.starts else ():
+        ae = load_start(plan.starts[run.index])
+        if sweep.center:
+            ae.shift(-means[run.layer])
+        ae.scale_biases(1 / norm_factors[run.layer])
+        run.trainer.start_from(ae)
+        run.config["trainer"]["init_from"] = plan.starts[run.index]
     autocast = getattr(torch, plan.autocast)
     configs = [plan.configs[i] for i in mine]
     workers = sweep.sae_threads or choose_workers(configs, sweep.sae_batch_size, autocast, plan.device, shard)
@@ -215,6 +255,7 @@ def train(
         show_progress=world.rank == 0,
         world=world,
         workers=workers,
+        means=means,
     )
     if state is not None:
         loop.load_state_dict(state)
@@ -235,6 +276,7 @@ def train(
     finally:
         for text in filter(None, shards):
             text.close()
+    end_cache(plan, buffer)
     world.gather(None)  # every SAE is written
     seconds = time.monotonic() - started
     texts = world.gather([(text.skipped, text.n_read) for text in shards if text is not None])
@@ -245,6 +287,60 @@ def train(
     if world.rank == 0 and (sentence := skipped_sentence(skipped, n_read)):
         print(sentence, file=sys.stderr)
     return ended
+
+
+def end_cache(plan: Plan, buffer: ActivationBuffer) -> None:
+    """What the buffer has read is in the cache, and what it found there too."""
+    folder, source = plan.options.cache, buffer.source
+    if folder is None:
+        return
+    assert isinstance(source, cache.CachedSource)
+    plan.world.together(source.flush)
+    found = {
+        "positions": buffer.counts,
+        "norm_factors": buffer.norm_factors,
+        "mean_to_std": buffer.mean_to_std,
+        "median_norms": buffer.median_norms,
+        "versions": versions(),
+    }
+    plan.world.together(lambda: cache.note(folder, **found), rank=0)
+
+
+def write_cache(plan: Plan) -> int:
+    """Write the activations that the run's SAEs would be trained on, and train none."""
+    world, steps, ended = plan.world, plan.schedule.steps, False
+    started = time.monotonic()
+    lm, shards = open_source(plan)
+    buffer = make_buffer(plan, lm, shards, dict.fromkeys(plan.layers, [0]))
+    again = "continue with the same command"
+    try:
+        with signals_noted() as signals:
+            for step in tqdm(range(steps), unit="step", desc="activations", disable=world.rank > 0):
+                (stop,) = world.ask_largest(len(signals))()
+                if stop:
+                    end_cache(plan, buffer)
+                    world.tell(f"stopped after {step:,} of {steps:,} steps: {again}")
+                    return INTERRUPTED
+                if next(buffer, None) is None:
+                    ended = True
+                    break
+    except ConnectionError as error:
+        end_cache(plan, buffer)
+        world.tell(f"{error}: {again}")
+        return INTERRUPTED
+    finally:
+        for text in filter(None, shards):
+            text.close()
+    end_cache(plan, buffer)
+    folder, seconds = plan.options.cache, time.monotonic() - started
+    assert folder is not None
+    world.gather(None)  # every shard is written
+    n_positions, size = cache.held(folder, plan.text_shards)
+    print(f"{folder} holds {n_positions:,} activations of each layer, {size_text(size)} ({seconds:.0f} s)")
+    if ended:
+        world.tell("the text ended before the asked tokens: give the same command more --epochs")
+        return ENDED_EARLY
+    return 0
 
 
 def open_tracker(plan: Plan, mine: list[int], ids: list[str]) -> Tracker:
@@ -280,6 +376,7 @@ def finish_training(
         "seconds": round(seconds, 1),
         "seconds_saving_state": round(loop.seconds_in_state, 2),
         "norm_factors": loop.norm_factors,
+        "mean_to_std": buffer.mean_to_std,
         "positions": dict(buffer.counts),
         "sae_threads": loop.workers,
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
@@ -293,6 +390,9 @@ def finish_training(
     if ended is None:
         shutil.rmtree(plan.folder / "resume", ignore_errors=True)
     print(f"trained on {loop.tokens:,} tokens in {seconds:.0f} s ({loop.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+    ratios = ", ".join(f"{ratio:.2f} in layer {layer}" for layer, ratio in buffer.mean_to_std.items())
+    hint = "" if plan.sweep.center else " (--center subtracts the mean)"
+    print(f"|mean| / std of the activations: {ratios}{hint}")
 
 
 # -- the walk

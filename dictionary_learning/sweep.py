@@ -28,6 +28,7 @@ EVALUATION_SETTINGS = (
     "context_length",
     "prepend_bos",
     "dtype",
+    "quantization",
     "mask",
     "exclude_special_tokens",
     "eval_num_inputs",
@@ -53,11 +54,21 @@ class Options:
     architectures: list[str] = option("which kinds of SAE", None, metavar="NAME")
     preset: str | None = option("a published recipe in place of the defaults", None)
     device: str | None = option("cuda, cuda:1, mps, cpu, ... (default: the first of them that is there)", None)
+    llm_device: str | None = option("where the language model runs (default: --device, as the SAEs)", None)
+    device_map: str | None = option(
+        "spread the language model over all GPUs and the CPU (needs accelerate)", None, choices=("auto",)
+    )
     dry_run: bool = option("check everything, print the plan, and stop", False)
     resume: bool = option("continue this run where its last state was saved", False)
     overwrite: bool = option("delete an earlier run of the same name first", False)
     save_checkpoints: bool = option("also write SAEs at log-spaced steps", False)
     no_eval: bool = option("train only", False)
+    init_from: str | None = option(
+        "start from this trained SAE, or from those of a run folder by layer, width and architecture", None
+    )
+    cache: str | None = option("also write the activations of the run's layers into this folder", None)
+    cache_only: bool = option("write them and train nothing; a later run trains from them with --activations", False)
+    activations: str | None = option("train from the activations in this folder instead of model and text", None)
     eval_only: list[str] | None = option(
         "evaluate these run or SAE folders, train nothing", None, nargs="*", metavar="FOLDER"
     )
@@ -123,6 +134,9 @@ class Sweep:
     prepend_bos: bool = option("begin contexts with the tokenizer's bos, or what stands in for it")
     llm_batch_size: int = option("contexts the language model reads at a time")
     dtype: str = option("of the language model", choices=("float32", "bfloat16", "float16"))
+    quantization: str | None = option(
+        "weights of the language model in so many bits (needs bitsandbytes)", choices=("8bit", "4bit")
+    )
     attn_implementation: str | None = option("of the language model: eager, sdpa, flash_attention_2")
     # -- the SAEs and their buffer
     sae_batch_size: int = option("activations a training step")
@@ -136,6 +150,7 @@ class Sweep:
     )
     mask: bool = option("leave out padding, the marks between documents and positions of outlying norm")
     exclude_special_tokens: bool = option("leave out every special token of the tokenizer, those of chats too")
+    center: bool = option("subtract the layer's mean from the activations; saved SAEs take them raw all the same")
     max_norm_multiple: float = option("a norm above this many medians is an outlier")
     # -- evaluation, logging, saving
     eval_num_inputs: int = option("contexts of evaluation")

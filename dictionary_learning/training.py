@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .dictionary import Dictionary
 from .files import append_jsonl, rewind_jsonl, write_json
 from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
@@ -300,6 +301,8 @@ class Loop:
     runs: the SAEs of this rank. All ranks walk the same steps, and stop and save at the same one.
     batches: {layer: x_BD} of raw activations, one a step.
     norm_factors: by layer, what activations are divided by in training and SAEs are scaled by when written.
+    means: by layer, mean_D, what is taken from activations before and SAEs are shifted by when written; none without
+        centring.
     save_steps: steps before which a checkpoint is written.
     save_state: called with the step and this rank's part of the state, every `backup_steps` steps or `backup_minutes`,
         and before a stop.
@@ -325,6 +328,7 @@ class Loop:
     show_progress: bool = True
     world: World = field(default_factory=World)
     workers: int = 1
+    means: Mapping[int, Tensor] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     seconds_in_state: float = 0.0
@@ -437,7 +441,10 @@ class Loop:
             where = run.layer, run.trainer.device
             if where not in normalised:
                 # cast before the division, as the reference does: under bf16 the order shows in the last bit
-                x_BD = x_by_layer[run.layer].to(run.trainer.device, self.autocast_dtype, copy=True)
+                x_BD = x_by_layer[run.layer].to(run.trainer.device)
+                if run.layer in self.means:
+                    x_BD = x_BD - self.means[run.layer].to(x_BD.device)  # in fp32
+                x_BD = x_BD.to(self.autocast_dtype, copy=True)
                 normalised[where] = x_BD / self.norm_factors[run.layer]
 
         def update(run: SAERun) -> dict[str, Any] | None:
@@ -478,14 +485,20 @@ class Loop:
                 ae = run.trainer.whole_ae()
                 if run.folder is not None:
                     ae = copy.deepcopy(ae)
-                    ae.scale_biases(self.norm_factors[run.layer])
+                    self._to_raw(ae, run.layer)
                     save_weights(run.folder / "checkpoints" / f"ae_{self.step}.pt", ae)
+
+    def _to_raw(self, ae: Dictionary, layer: int) -> None:
+        """Make an SAE that takes activations as they are trained on one that takes raw ones."""
+        ae.scale_biases(self.norm_factors[layer])
+        if layer in self.means:
+            ae.shift(self.means[layer])
 
     def finish(self) -> None:
         """Scale every SAE to raw activations and write it."""
         for run in self.runs:
             ae = run.trainer.whole_ae()
-            ae.scale_biases(self.norm_factors[run.layer])
+            self._to_raw(ae, run.layer)
             if run.folder is not None:
                 save_sae(run.folder, ae, run.saved_config())
 

@@ -94,9 +94,10 @@ class TopKTrainer(SAETrainer):
         return dict_class(self.cfg.activation_dim, self.cfg.dict_size, k=self.cfg.k, generator=self.generator)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, x_BD: Tensor) -> None:
-        median_D = geometric_median(x_BD.float())
-        # a batch that is not finite will stop the SAE, whose weights should not say so
-        self.ae.b_dec.data = torch.where(median_D.isfinite().all(), median_D, 0).to(self.ae.b_dec.dtype)
+        if not self.begun:
+            median_D = geometric_median(x_BD.float())
+            # a batch that is not finite will stop the SAE, whose weights should not say so
+            self.ae.b_dec.data = torch.where(median_D.isfinite().all(), median_D, 0).to(self.ae.b_dec.dtype)
         if self.device.type == "cpu" and x_BD.dtype == torch.float32:
             self.screened = screen.pays(len(x_BD), self.cfg.activation_dim, len(self.ae.encoder_FD), self.k)
 

@@ -135,11 +135,27 @@ class SAETrainer(nn.Module):
         self.optimizer = ConstrainedAdam(self.ae, self.betas, self.unit_norm, self.max_grad_norm, shard)
         self.dead_feature_threshold = self.cfg.dead_feature_threshold
         self.tokens_seen = 0
+        self.begun = False  # whether the weights are trained ones
         self.num_tokens_since_fired: Tensor
         self.stopped: Tensor  # bool: a loss or gradient was not finite, and the weights have stayed as they were since
         silent_F = torch.zeros(self.cfg.dict_size, dtype=torch.long, device=self.device)
         self.register_buffer("num_tokens_since_fired", shard.cut(silent_F, 0))
         self.register_buffer("stopped", torch.zeros((), dtype=torch.bool, device=self.device))
+
+    @torch.no_grad()
+    def start_from(self, ae: Dictionary) -> None:
+        """Take the weights and the threshold of a trained SAE of the same class and sizes, in place of random ones.
+
+        It takes activations as they are trained on, over the norm factor. What selects stays this trainer's own: k.
+        """
+        assert type(ae) is type(self.ae)
+        weights = dict(ae.named_parameters())
+        for name, parameter in self.ae.named_parameters():
+            # copied into place: storage keeps its layout
+            parameter.copy_(self.shard.cut(weights[name].detach(), latent_dim(name)))
+        if isinstance(threshold := dict(ae.named_buffers()).get("threshold"), Tensor):
+            self.ae.get_buffer("threshold").copy_(threshold)
+        self.begun = True
 
     # -- what a variant says
 
@@ -152,7 +168,7 @@ class SAETrainer(nn.Module):
         raise NotImplementedError
 
     def initialize(self, x_BD: Tensor) -> None:
-        """Called once, with the first batch, before its loss."""
+        """Called once, with the first batch, before its loss; `begun` says whether the weights are trained ones."""
 
     def after_step(self, step: int, out: LossOutput) -> None:
         """Called after the weights have moved, with what the loss said before."""

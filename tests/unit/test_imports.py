@@ -20,10 +20,12 @@ MAY_IMPORT = {
     "sweep": "trainers",
     "formats": "dictionary files",
     "utils": "formats",
+    "start": "dictionary formats",
     "state": "files world",
     "buffer": "data world",
+    "cache": "buffer files pretrained",
     "evaluation": "buffer dictionary model",
-    "training": "files formats kernels trainers world",
+    "training": "dictionary files formats kernels trainers world",
     "tracking": "files",
     "plotting": "files",
     "model_card": "files plotting",
@@ -31,8 +33,8 @@ MAY_IMPORT = {
     "reading": "data model sweep world",
     "report": "buffer data dictionary files formats model plotting reading tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sweep world",
-    "plan": "data model reading sweep world",
-    "run": "buffer data files hub kernels model plan plotting reading report results state sweep tracking "
+    "plan": "cache data model reading start sweep world",
+    "run": "buffer cache data files hub kernels model plan plotting reading report results start state sweep tracking "
     "training world",
 }
 # The order in which text walks.

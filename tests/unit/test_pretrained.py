@@ -110,8 +110,8 @@ def test_the_built_in_models_identity_is_no_path():
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("adapter alone", r"it is a PEFT adapter \(LoRA\), no model; merge it into its base model"),
-        ("adapter beside", r"a PEFT adapter \(LoRA\) lies beside the model; merge it into its base model"),
+        ("adapter alone", "its adapter_config.json names no base_model_name_or_path"),
+        ("adapter beside", r"a PEFT adapter \(LoRA\) lies beside the model; move it into a folder of its own"),
         ("gguf folder", "GGUF files cannot be read; name the model that it was converted from"),
         ("gguf file", "GGUF files cannot be read; name the model that it was converted from"),
     ],

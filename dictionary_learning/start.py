@@ -1,0 +1,78 @@
+"""Where the SAEs of a grid start: from trained ones, in place of random weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .dictionary import Dictionary
+from .formats import find_saes, load_dictionary
+
+# What tells the SAEs of one layer, width and architecture from each other, in the order in which it is asked.
+APART = ("trainer_class", "k", "target_l0", "l1_penalty", "initial_sparsity_penalty", "lr", "seed")
+
+
+def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each SAE of a grid starts from: the SAE of this name, or, of those in a run folder, the one that matches it.
+
+    name: as `load_dictionary` takes it, or a folder of several SAEs. configs: the keywords of the trainers, and
+    `trainer`, the class. ValueError where an SAE of the grid has none that fits, or several that fit as well.
+    """
+    saes = [str(path) for path in find_saes(name)] if Path(name).is_dir() else []
+    if len(saes) < 2:
+        ae, config = load_dictionary(saes[0] if saes else name)
+        for one in configs:
+            if (mismatch := _mismatch(ae, config["trainer"], one)) is not None:
+                raise ValueError(f"--init_from {name} {mismatch}.")
+        return [saes[0] if saes else name] * len(configs)
+    known = [(path, *_facts(path)) for path in saes]
+    return [_match(name, known, one) for one in configs]
+
+
+def load_start(path: str) -> Dictionary:
+    """The SAE on the CPU; it takes raw activations."""
+    return load_dictionary(path)[0]
+
+
+def _facts(path: str) -> tuple[Dictionary, dict[str, Any]]:
+    ae, config = load_dictionary(path)
+    return ae.to("meta"), config["trainer"]  # its shapes are enough
+
+
+def _match(name: str, known: Sequence[tuple[str, Dictionary, dict[str, Any]]], config: Mapping[str, Any]) -> str:
+    layer, width = config["layer"], config["dict_size"]
+    wanted = f"layer {layer}, {width} latents, {_dict_class(config).__name__}"
+    fit = [
+        (path, trainer)
+        for path, ae, trainer in known
+        if trainer.get("layer") == layer and _mismatch(ae, trainer, config) is None
+    ]
+    if not fit:
+        raise ValueError(f"--init_from {name} has no SAE of {wanted}.")
+    asked = {**config, "trainer_class": config["trainer"].__name__}
+    for key in APART:
+        same = [(path, trainer) for path, trainer in fit if key in asked and trainer.get(key) == asked[key]]
+        fit = same or fit
+    if len(fit) > 1:
+        paths = " and ".join(path for path, _ in fit[:2])
+        raise ValueError(f"--init_from {name} has several SAEs of {wanted}, as {paths}: give the folder of one.")
+    return fit[0][0]
+
+
+def _dict_class(config: Mapping[str, Any]) -> type[Dictionary]:
+    return config.get("dict_class") or config["trainer"].dict_class
+
+
+def _mismatch(ae: Dictionary, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """In what an SAE is none that the trainer of a config could train; None where it is."""
+    if ae.activation_dim != config["activation_dim"]:
+        return f"takes {ae.activation_dim} dimensions, and the model has {config['activation_dim']}"
+    if ae.dict_size != config["dict_size"]:
+        return f"has {ae.dict_size} latents, not {config['dict_size']}: give --dictionary_widths {ae.dict_size}"
+    wanted = _dict_class(config)
+    # standard and p_anneal train one class, and start from each other
+    if type(ae) is not wanted:
+        return f"is of class {type(ae).__name__}, and {config['trainer'].__name__} trains {wanted.__name__}"
+    groups = config.get("group_fractions")
+    if groups is not None and len(groups) != len(trainer.get("group_fractions") or groups):
+        return f"has {len(trainer['group_fractions'])} groups, not {len(groups)}"
+    return None
