@@ -40,13 +40,21 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
 
     The results of one that is no local folder go below `save_dir`.
     """
+
+    def elsewhere(name: str) -> Named:
+        return Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), {})
+
     if not Path(name).is_dir():
-        return [Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), {})]
+        return [elsewhere(name)]
     found = find_saes(name)
     if not found:
         raise ValueError(f"there is no SAE in {name}.")
-    records = [(folder, run_record(folder)) for folder in found]
-    return [Named(str(folder), folder, read_json(record)["settings"] if record else {}) for folder, record in records]
+    named = []
+    for path in found:
+        record = run_record(path) if path.is_dir() else None
+        settings = read_json(record)["settings"] if record else {}
+        named.append(Named(str(path), path, settings) if path.is_dir() else elsewhere(str(path)))
+    return named
 
 
 @dataclass

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..dictionary import Dictionary, MatryoshkaBatchTopKSAE
@@ -72,7 +71,7 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
         row_N = code.token_N * n_groups + group_N
         parts = self.shard.sum(sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups))
         errors, x_hat_BD = [], self.shard.once(self.ae.b_dec)
-        for part_BD in rearrange(parts, "(b g) d -> g b d", g=n_groups):  # each prefix adds a group to the one before
+        for part_BD in parts.view(len(x_BD), n_groups, -1).unbind(1):  # each prefix adds a group to the one before
             x_hat_BD = x_hat_BD + part_BD
             errors.append(squared_error(x_BD, x_hat_BD))
         assert self.cfg.group_weights is not None

@@ -221,3 +221,67 @@ def test_zeros_of_seeds_and_schedules_are_values(run, tmp_path):
     flags += ("--anneal_start", 0, "--k_anneal_steps", 0, "--resample_steps", 0, "--backup_steps", 0, "--layers", 0)
     assert run("--architectures", "top_k", "p_anneal", "--no_eval", *flags) == 0
     assert len(find_saes(tmp_path)) == 4
+
+
+def test_one_sae_in_seven_families_measures_the_same(run, tmp_path, tiny_model_folder, text_file, capsys):
+    """A trained BatchTopK SAE, written by each family's definition: the same numbers in every row."""
+    import math
+
+    import numpy as np
+    from safetensors.torch import save_file
+
+    assert run("--save_dir", tmp_path / "run", "--architectures", "batch_top_k", "--layers", 1) == 0
+    (own,) = find_saes(tmp_path / "run")
+    state = torch.load(own / "ae.pt", weights_only=True)
+    W_enc, W_dec, b_dec = state["encoder.weight"].T, state["decoder.weight"].T, state["b_dec"]
+    b_enc, theta = state["encoder.bias"] - b_dec @ W_enc, state["threshold"]
+    plain = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": theta.expand(len(b_enc))}
+    D, norm = len(W_enc), 3.0
+    s = math.sqrt(D) / norm
+    # of activations scaled by s, with features s times as large
+    scaled = {
+        "encoder.weight": W_enc.T,
+        "encoder.bias": s * b_enc,
+        "decoder.weight": W_dec.T,
+        "decoder.bias": s * b_dec,
+    }
+
+    def write(name: str, file: str, tensors: dict, **configs) -> None:
+        path = tmp_path / "others" / name / file
+        path.parent.mkdir(parents=True)
+        if path.suffix == ".npz":
+            np.savez(path, **{key: value.numpy() for key, value in tensors.items()})
+        else:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        for config, content in configs.items():
+            (tmp_path / "others" / name / f"{config}.json").write_text(json.dumps(content))
+
+    write("scope/layer_1/average_l0_4", "params.npz", plain)
+    write("resid_post/layer_1_width", "params.safetensors", {name.lower(): value for name, value in plain.items()})
+    norms = {"in": norm, "out": norm}
+    cfg = {"hook_point_in": "blocks.1.hook_resid_post", "dataset_average_activation_norm": norms}
+    write("X-L1R-8x", "checkpoints/final.safetensors", scaled, hyperparams=cfg | {"jump_relu_threshold": float(theta)})
+    write(
+        "L1R",
+        "sae_weights.safetensors",
+        scaled | {"log_jumprelu_threshold": (s * plain["threshold"]).log()},
+        config=cfg,
+    )
+    stored = {"W_E": W_enc, "b_E": b_enc, "W_D": W_dec, "b_D": b_dec}
+    stored["activation_function.log_jumprelu_threshold"] = (plain["threshold"] * W_dec.norm(dim=1)).log()
+    write("amber", "sae_weights.safetensors", stored, config=cfg | {"sae_type": "sae", "act_fn": "jumprelu"})
+    lens = tmp_path / "others" / "lens"
+    lens.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copy(own / name, lens / name)
+
+    saes = [own, *find_saes(tmp_path / "others")]
+    flags = ("--model_name", tiny_model_folder, "--any_model", "--dataset", text_file, "--eval_dataset", text_file)
+    flags += ("--eval_num_inputs", 6, "--context_length", 32, "--no-mask", "--save_dir", tmp_path)
+    capsys.readouterr()
+    assert run_bare("--eval_only", *saes, *flags) == 0, capsys.readouterr().err
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("plot")]
+    assert len(rows) == 7
+    for column in ("L0", "loss recovered", "variance explained"):
+        start = head.index(column)
+        assert len({row[start : start + 6] for row in rows}) == 1, "\n".join([head, *rows])
