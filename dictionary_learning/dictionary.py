@@ -121,8 +121,21 @@ def _rows(weight_DF: Tensor) -> nn.Parameter:
     return nn.Parameter(weight_DF.T.clone(memory_format=torch.contiguous_format).T)
 
 
+# Without values (see `from_state`) draws and norms are of no use, and the first ones take torch seconds.
+def _normal(activation_dim: int, dict_size: int, generator: torch.Generator | None) -> Tensor:
+    w_DF = torch.empty(activation_dim, dict_size)
+    return w_DF if w_DF.is_meta else w_DF.normal_(generator=generator)
+
+
+def _norms(weight_DF: Tensor) -> Tensor:
+    """(1, F)"""
+    return weight_DF[:1] if weight_DF.is_meta else weight_DF.norm(dim=0, keepdim=True)
+
+
 def unit_rows(weight_FD: Tensor, eps: float = 0.0) -> Tensor:
     """Rows over (their norm + eps); a zero row stays zero."""
+    if weight_FD.is_meta:
+        return weight_FD
     norm_F1 = weight_FD.norm(dim=1, keepdim=True) + eps
     return weight_FD / norm_F1.clamp(min=torch.finfo(weight_FD.dtype).tiny)
 
@@ -150,8 +163,8 @@ class AutoEncoder(Dictionary):
         # the encoder's bias keeps its uniform draw: so does the reference's
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = torch.randn(activation_dim, dict_size, generator=generator)
-        w_DF = w_DF / w_DF.norm(dim=0, keepdim=True) * 0.1
+        w_DF = _normal(activation_dim, dict_size, generator)
+        w_DF = w_DF / _norms(w_DF) * 0.1
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
 
@@ -207,8 +220,8 @@ class AutoEncoderNew(Dictionary):
         self.decoder = _empty_linear(dict_size, activation_dim, bias=True)
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, self.decoder.bias, generator)
-        w_DF = torch.randn(activation_dim, dict_size, generator=generator)
-        w_DF = w_DF / w_DF.norm(dim=0, keepdim=True) * 0.1
+        w_DF = _normal(activation_dim, dict_size, generator)
+        w_DF = w_DF / _norms(w_DF) * 0.1
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
         nn.init.zeros_(self.encoder.bias)
@@ -247,8 +260,8 @@ class GatedAutoEncoder(Dictionary):
         self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
         _draw_linear(self.encoder.weight, None, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = torch.randn(activation_dim, dict_size, generator=generator)
-        w_DF = w_DF / w_DF.norm(dim=0, keepdim=True)
+        w_DF = _normal(activation_dim, dict_size, generator)
+        w_DF = w_DF / _norms(w_DF)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
 
@@ -391,7 +404,7 @@ class BatchTopKSAE(TopKDictionary):
         self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
         _draw_linear(self.decoder.weight, None, generator)
         w_DF = self.decoder.weight.detach()
-        w_DF = w_DF / (w_DF.norm(dim=0, keepdim=True) + torch.finfo(w_DF.dtype).eps)
+        w_DF = w_DF / (_norms(w_DF) + torch.finfo(w_DF.dtype).eps)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
         nn.init.zeros_(self.encoder.bias)
