@@ -47,7 +47,11 @@ def test_the_reference_reads_what_we_write(name, ours, reference, x_BD):
 def test_we_read_what_the_reference_writes(name, reference, x_BD):
     ae, config = load_dictionary(reference.folder / name)
     agree(look(ae, x_BD), reference.looks["folder", name])
-    assert config == json.loads((reference.folder / name / "config.json").read_text())
+    written = json.loads((reference.folder / name / "config.json").read_text())
+    assert (
+        config["trainer"].items() >= written["trainer"].items()
+        and config["buffer"].items() >= written["buffer"].items()
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
