@@ -312,7 +312,6 @@ class JumpReluAutoEncoder(MatrixDictionary):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self.apply_b_dec_to_input = apply_b_dec_to_input
-        self.input_bias = None if apply_b_dec_to_input else "b_enc"
         w_FD = torch.empty(dict_size, activation_dim)
         nn.init.kaiming_uniform_(w_FD, generator=generator)
         w_FD = unit_rows(w_FD)
@@ -321,6 +320,18 @@ class JumpReluAutoEncoder(MatrixDictionary):
         self.W_dec = nn.Parameter(w_FD.clone())
         self.b_dec = nn.Parameter(torch.zeros(activation_dim))
         self.threshold = nn.Parameter(torch.full((dict_size,), 0.001))
+
+    @property
+    def input_bias(self) -> str | None:
+        return None if self.apply_b_dec_to_input else "b_enc"
+
+    @torch.no_grad()
+    def without_input_bias(self) -> "JumpReluAutoEncoder":
+        """The same features and reconstructions with nothing subtracted from x, as state dicts are read."""
+        if not self.apply_b_dec_to_input:
+            return self
+        state = self.state_dict()
+        return type(self).from_state(state | {"b_enc": state["b_enc"] - state["b_dec"] @ state["W_enc"]})
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
         x_BD = self.like_weights(x_BD)

@@ -163,7 +163,10 @@ class TensorFile:
                     raise ValueError("its checksum is wrong")
                 self.names = set(tensors)
             elif self.path.suffix == ".npz":
-                with np.load(self.path, allow_pickle=False) as file:
+                with (
+                    open(self.path, "rb") as raw,
+                    np.load(raw, allow_pickle=False) as file,
+                ):  # numpy leaves it open if damaged
                     self.names = set(file.files)
             else:
                 # torch does not look at the checksums in its own files and would let a flipped bit of a weight pass
@@ -194,7 +197,7 @@ class TensorFile:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)
         if self.path.suffix == ".npz":
-            with np.load(self.path, allow_pickle=False) as file:
+            with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return torch.from_numpy(file[name])
         return self._unpickled({})[name]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .dictionary import Dictionary
+from .dictionary import Dictionary, JumpReluAutoEncoder
 from .formats import find_saes, load_dictionary
 
 # What tells the SAEs of one layer, width and architecture from each other, in the order in which it is asked.
@@ -30,7 +30,8 @@ def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def load_start(path: str) -> Dictionary:
     """The SAE on the CPU; it takes raw activations."""
-    return load_dictionary(path)[0]
+    ae = load_dictionary(path)[0]
+    return ae.without_input_bias() if isinstance(ae, JumpReluAutoEncoder) else ae
 
 
 def _facts(path: str) -> tuple[Dictionary, dict[str, Any]]:

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Collection
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +63,7 @@ FAMILIES: tuple[ModuleType, ...] = (  # in the order in which a folder is asked 
     openai,
     temporal,
 )
+WEIGHTS = ("ae.pt", "sae_weights.safetensors", "params.npz", "params.safetensors", "sae.safetensors")
 UNSURE = (openai,)  # whose files have no names of their own, so that none is looked for
 
 
@@ -73,7 +74,7 @@ def save_sae(folder: str | Path, ae: Dictionary, config: dict[str, Any]) -> None
     before its threshold was set has no form in SAELens, and gets the first format only.
     """
     folder = Path(folder)
-    if saelens.has_form(ae):
+    if saelens.has_form(ae, config):
         saelens.write(folder, ae, config)
     dictionary_learning.write(folder, ae, config)
 
@@ -96,10 +97,13 @@ def find_saes(folder: str | Path) -> list[Path]:
 def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
     """(SAE in fp32, config) of a folder, a file, or a name on the Hub: USER/REPO[@REVISION][/FOLDER or /FILE].
 
-    A local path wins over the Hub, of which only the files needed are downloaded. ReLU SAEs come with a unit-norm
-    decoder. ValueError for everything that is not a whole SAE, or is of a family that cannot be loaded.
+    A local path wins over the Hub, of which only the files needed are downloaded; the weights' file of a folder stands
+    for the folder. Features are in the units of the family's own package: ReLU SAEs of dictionary_learning come with a
+    unit-norm decoder. ValueError for everything that is not a whole SAE, or is of a family that cannot be loaded.
     """
     place = local_place(Path(name), str(name)) if Path(name).exists() else hub_place(str(name))
+    if place.target in WEIGHTS:
+        place.target = ""
     candidates = [family for family in FAMILIES if place.target in _targets(place.names, [family])]
     if not place.target and not candidates:
         files = _targets(place.names, FAMILIES)
@@ -116,13 +120,15 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
         )
     try:
         ae, config = family.read(place)
-    except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, OverflowError, ValueError) as error:
+        if isinstance(error, ValueError) and place.name in str(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{name} is not an SAE of {family.NAME} as it is known ({reason}).") from error
     broken = [key for key, tensor in ae.state_dict().items() if not _all_finite(tensor)]
     if broken:
         raise ValueError(f"{name} has weights that are not finite, in {broken[0]}; restore it from a copy.")
-    return ae.with_unit_norm().to(device), config
+    return ae.to(device), config
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -146,7 +152,12 @@ def _names(folder: Path) -> set[str]:
 
 def local_place(path: Path, name: str) -> Place:
     folder, target = (path, "") if path.is_dir() else (path.parent, path.name)
-    return Place(name if not target else str(folder), _names(folder), lambda file: folder / file, target)
+    above = folder.absolute().parent
+
+    def get_above(file: str) -> Path | None:
+        return above / file if (above / file).is_file() else None
+
+    return Place(name if not target else str(folder), _names(folder), lambda file: folder / file, target, get_above)
 
 
 def hub_place(name: str) -> Place:
@@ -176,15 +187,19 @@ def hub_place(name: str) -> Place:
     names = {file.removeprefix(start) for file in listed if file.startswith(start)}
 
     @cache
-    def get(file: str) -> Path:
+    def download(file: str) -> Path:
         try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, start + file, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{file} of {name} could not be downloaded ({str(error).strip().splitlines()[0]})."
             ) from error
 
-    return Place(f"{repo_id}/{folder}".rstrip("/"), names, get, target)
+    def get_above(file: str) -> Path | None:
+        path = str(PurePosixPath(folder).parent / file)
+        return download(path) if folder and path in listed else None
+
+    return Place(f"{repo_id}/{folder}".rstrip("/"), names, lambda file: download(start + file), target, get_above)
 
 
 def _cached_files(repo_id: str, revision: str | None) -> list[str] | None:

@@ -29,12 +29,14 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     if "activation_function.threshold" in file.names:
         activation, tensors["threshold"] = "jump_relu", file.read("activation_function.threshold")
     elif str(cfg.get("activation", "")).lower().replace("_", "") == "topk":
-        activation, k = "top_k", cfg.get("k")
+        activation, k = "signed_top_k", cfg.get("k")  # theirs keeps what is below 0
     ae = GeneralSAE.folded(tensors, activation, k).simplest()
     layer = int(re.findall(r"\d+", place.target)[0])
     hooks = [str(cfg.get(key, default)) for key, default in HOOKS.items()]
     site, site_out = (place_of_hook(f"{layer}.{hook}")[1] for hook in hooks)
-    said = Said(lm_name=cfg.get("model_name"), layer=layer, site=site, site_out=site_out, submodule_name=hooks[0])
+    qwen = place.search(r"qwen3-(\d+(?:\.\d+)?)b")  # some of these have no config
+    lm_name = cfg.get("model_name") or (f"Qwen/Qwen3-{qwen[1]}B" if qwen else None)
+    said = Said(lm_name=lm_name, layer=layer, site=site, site_out=site_out, submodule_name=hooks[0])
     return ae, config_of(place, NAME, ae, said)
 
 

@@ -1,5 +1,6 @@
 """Our own format, that of dictionary_learning and SAEBench: `config.json` + `ae.pt`."""
 
+import re
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dictionary import DICTIONARIES, Dictionary, TopKDictionary
+from ..dictionary import DICTIONARIES, Dictionary, JumpReluAutoEncoder, TopKDictionary
 from ..files import TensorFile, write_atomic, write_json
 from .place import Place, Said, config_of
 
@@ -36,12 +37,15 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
                 f"{place.name}: {FILES[0]} says {key} {trainer[key]} but {FILES[1]} has {int(actual)}; "
                 "the two files belong to different SAEs."
             )
-    said = config_of(place, NAME, ae, Said(site=str(trainer.get("site", "resid_post"))))
+    named = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name")))  # as "mlp_out_layer_3"
+    site = str(trainer.get("site") or (named[1] if named else "resid_post"))
+    said = config_of(place, NAME, ae, Said(site=site))
     source = config.get("source") or said["source"]  # of one that was converted, where it came from
     buffer = config.get("buffer") or said["buffer"]
-    layer = trainer.get("layer")
+    layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
-    return ae, {**config, "trainer": said["trainer"] | trainer | known, "buffer": buffer, "source": source}
+    config = {**config, "trainer": said["trainer"] | trainer | known, "buffer": buffer, "source": source}
+    return ae.with_unit_norm(), config
 
 
 def _from_state(path: Path, trainer: dict[str, Any], file: TensorFile) -> Dictionary:
@@ -70,6 +74,8 @@ def _from_state(path: Path, trainer: dict[str, Any], file: TensorFile) -> Dictio
 def write(folder: Path, ae: Dictionary, config: dict[str, Any]) -> None:
     """The weights come last: with them the folder is an SAE."""
     write_json(folder / FILES[0], config)
+    if isinstance(ae, JumpReluAutoEncoder):  # whose state dict does not say whether b_dec is subtracted
+        ae = ae.without_input_bias()
     save_weights(folder / FILES[1], ae)
 
 

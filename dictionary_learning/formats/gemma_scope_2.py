@@ -51,9 +51,11 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
 
 
 def _model(place: Place, cfg: dict[str, Any]) -> str | None:
-    """Their configs say gemma-v3-4b-pt where the Hub says google/gemma-3-4b-pt."""
+    """Their configs say gemma-v3-4b-pt where the Hub says google/gemma-3-4b-pt; the smallest is there without -pt."""
     name = cfg.get("model_name")
     if not isinstance(name, str):
         repo = place.search(r"gemma-scope-2-(\w+-(?:pt|it))")
-        return f"google/gemma-3-{repo[1]}" if repo else None
-    return "google/" + re.sub(r"-v3\b", "-3", name.removeprefix("google/"))
+        name = f"gemma-3-{repo[1]}" if repo else None
+    if name is None:
+        return None
+    return "google/" + re.sub(r"-v3\b", "-3", name.removeprefix("google/")).replace("-270m-pt", "-270m")

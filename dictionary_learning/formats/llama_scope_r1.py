@@ -1,5 +1,6 @@
 """Llama Scope R1 (fnlp/Llama-Scope-R1-Distill): `config.json` + `sae_weights.safetensors` of two linears."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -27,6 +28,12 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     tensors["log_threshold"] = file.read("log_jumprelu_threshold")
     norms = cfg.get("dataset_average_activation_norm")
     norm_in, norm_out = (norms.get("in"), norms.get("out")) if isinstance(norms, dict) else (norms, norms)
+    if norm_in is None and cfg.get("norm_activation") != "inference":
+        warnings.warn(
+            f"{place.name} does not say the average norm of its activations (dataset_average_activation_norm in its "
+            "config.json), so they are taken as they are.",
+            stacklevel=4,
+        )
     s_in = 1.0 if norm_in is None else scale(norm_in, len(tensors["W_enc"]), place)
     s_out = s_in if norm_out is None else scale(norm_out, tensors["W_dec"].shape[1], place)
     ranks = "ranks" if cfg.get("sparsity_include_decoder_norm") else None

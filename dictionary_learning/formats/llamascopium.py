@@ -43,8 +43,9 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
             name = f"{NORM}.{hook}"
             norm = float(file.read(name)) if name in file.names else (cfg.get(NORM) or {}).get(end)
             scales[end] = scale(norm, width, place)
-    elif way not in ("token-wise", "none", "inference"):
-        raise ValueError(f"{place.name} has norm_activation {way!r}, which depends on the batch and cannot be loaded.")
+    elif way not in ("token-wise", "none", "inference") or (way == "token-wise" and hook_in != hook_out):
+        what = "the transcoder's target" if way == "token-wise" else "the batch"
+        raise ValueError(f"{place.name} has norm_activation {way!r}, which depends on {what} and cannot be loaded.")
     ae = GeneralSAE.folded(
         tensors,
         activation,

@@ -15,19 +15,25 @@ class Place:
     """A folder, or one file of it.
 
     name: as the user gave it. names: the files of the folder and of those in it, by relative path. get: the file of
-    such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the folder.
+    such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the folder. get_above:
+    as get, for the folder above; None where it has no such file.
     """
 
     name: str
     names: Collection[str]
     get: Callable[[str], Path]
     target: str = ""
+    get_above: Callable[[str], Path | None] = lambda file: None
 
     def json(self, file: str) -> dict[str, Any]:
         return read_json(self.get(file))
 
     def json_if_there(self, file: str) -> dict[str, Any]:
         return self.json(file) if file in self.names else {}
+
+    def json_above(self, file: str) -> dict[str, Any]:
+        path = self.get_above(file)
+        return {} if path is None else read_json(path)
 
     def yaml_if_there(self, file: str) -> dict[str, Any]:
         return read_yaml(self.get(file)) if file in self.names else {}
@@ -79,6 +85,26 @@ def place_of_hook(hook: str) -> tuple[int | None, str]:
     layer, rest = int(found[1]), found[2] or ""
     site = SITES.get(rest, rest)
     return (layer - 1, "resid_post") if site == "resid_pre" and layer > 0 else (layer, site)
+
+
+HOOKS = {  # TransformerLens's, of block L
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+}
+
+
+def hook_of_place(layer: int | None, site: str) -> str | None:
+    """The other way round: TransformerLens's name; a module's path comes without its {layer}; None without a layer."""
+    if layer is None:
+        return "hook_embed" if site == "embed" else None
+    if "{layer}" in site:
+        return site.replace("{layer}", str(layer))
+    return f"blocks.{layer}.{HOOKS.get(site, site)}"
 
 
 @dataclass

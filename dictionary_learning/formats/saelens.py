@@ -4,6 +4,7 @@ D activation_dim, F dict_size.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..dictionary import Dictionary, GeneralSAE, TopKDictionary
 from ..files import finite, write_json, write_safetensors
-from .place import Place, Said, config_of, place_of_hook
+from .place import Place, Said, config_of, hook_of_place, place_of_hook
 
 NAME = "SAELens"
 FILES = ("cfg.json", "sae_weights.safetensors")
@@ -25,8 +26,11 @@ def targets(names: Collection[str]) -> list[str]:
 
 
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
-    file = place.tensors(FILES[1])
-    return from_saelens(place, place.json(FILES[0]), {name: file.read(name) for name in file.names})
+    file, cfg = place.tensors(FILES[1]), place.json(FILES[0])
+    # a checkpoint of an unfinished run has its factor beside it, not yet folded in
+    factor = place.json_if_there("activation_scaler.json").get("scaling_factor")
+    cfg = {**({} if factor is None else {"norm_scaling_factor": factor}), **cfg}
+    return from_saelens(place, cfg, {name: file.read(name) for name in file.names})
 
 
 def write(folder: Path, ae: Dictionary, config: dict[str, Any]) -> None:
@@ -65,6 +69,7 @@ _ACTIVATIONS = {
     "standard": "relu",
     "gated": "gated",
     "topk": "top_k",
+    "abstopk": "abs_top_k",
     "jumprelu": "jump_relu",
     "batchtopk": "jump_relu",
     "matryoshka_batchtopk": "jump_relu",
@@ -89,9 +94,26 @@ _TENSORS = {
 }
 
 
-def has_form(ae: Dictionary) -> bool:
-    """A jumprelu needs its threshold, which the top-k family sets in training."""
-    is_jumprelu = _FORMS[type(ae).__name__].architecture == "jumprelu"
+_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+
+
+def _site_out(config: dict[str, Any]) -> str | None:
+    """Of a transcoder."""
+    trainer = config["trainer"]
+    site = trainer.get("site", "resid_post")
+    return None if trainer.get("site_out", site) == site else trainer["site_out"]
+
+
+def _subtracts(ae: Dictionary) -> bool:
+    return getattr(ae, "apply_b_dec_to_input", _FORMS[type(ae).__name__].subtracts_b_dec)
+
+
+def has_form(ae: Dictionary, config: dict[str, Any]) -> bool:
+    """A jumprelu needs its threshold, which the top-k family sets in training; transcoders subtract nothing."""
+    architecture = _FORMS[type(ae).__name__].architecture
+    if _site_out(config) is not None and (architecture not in _TRANSCODERS or _subtracts(ae)):
+        return False
+    is_jumprelu = architecture == "jumprelu"
     return not (is_jumprelu and isinstance(ae, TopKDictionary) and bool(ae.threshold < 0))
 
 
@@ -100,7 +122,7 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
 
     The hook has TransformerLens's name, for that is how SAELens loads models unless told otherwise.
     """
-    if not has_form(ae):
+    if not has_form(ae, config):
         raise ValueError(
             f"the threshold of this {type(ae).__name__} is not set: train past threshold_start_step before exporting."
         )
@@ -109,6 +131,7 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
     form = _FORMS[type(ae).__name__]
     state = copy.deepcopy(ae).with_unit_norm().state_dict()
     tensors = {theirs: state[ours].detach().cpu() for theirs, ours in form.names.items()}
+    site_out = _site_out(config)
     tensors = {theirs: _turned(form.names[theirs], tensor).contiguous() for theirs, tensor in tensors.items()}
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(ae.dict_size).contiguous()
@@ -118,7 +141,7 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
         "d_sae": ae.dict_size,
         "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": getattr(ae, "apply_b_dec_to_input", form.subtracts_b_dec),
+        "apply_b_dec_to_input": _subtracts(ae),
         "normalize_activations": "none",  # folded into the biases
         "reshape_activations": "none",
         "metadata": {
@@ -126,7 +149,7 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
             "sae_lens_training_version": None,
             "model_name": trainer.get("lm_name"),
             "model_class_name": "HookedTransformer",
-            "hook_name": f"blocks.{trainer['layer']}.hook_resid_post" if "layer" in trainer else None,
+            "hook_name": hook_of_place(trainer.get("layer"), trainer.get("site", "resid_post")),
             "hook_head_index": None,
             "model_from_pretrained_kwargs": {"revision": revision} if revision else {},
             "context_size": buffer.get("ctx_len"),
@@ -139,6 +162,9 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
     }
     if form.architecture == "topk":
         cfg |= {"k": int(state["k"]), "rescale_acts_by_decoder_norm": False}
+    if site_out is not None:
+        cfg |= {"architecture": _TRANSCODERS[form.architecture], "d_out": ae.output_dim}
+        cfg["metadata"]["hook_name_out"] = hook_of_place(trainer.get("layer"), site_out)
     return cfg, tensors
 
 
@@ -172,6 +198,7 @@ def from_saelens(
         ctx_len=cfg.get("context_size"),
         prepend_bos=cfg.get("prepend_bos"),
         exclude_special_tokens=cfg.get("exclude_special_tokens"),
+        l0=cfg.get("l0"),
         trainer={"trainer_class": cfg.get("training_architecture", type(ae).__name__)},
     )
     return ae, config_of(place, NAME, ae, said)
@@ -188,10 +215,16 @@ def _build(path: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     normalize = _NORMALIZERS.get("expected_average_only_in" if way is True else str(way))
     if normalize is None:
         raise ValueError(f"{path} has normalize_activations {way!r}; {', '.join(_NORMALIZERS)} can be loaded.")
+    scale = 1.0
     if way in (True, "expected_average_only_in"):
-        warnings.warn(
-            f"{path} does not say by what activations were scaled, so they are taken as they are.", stacklevel=5
-        )
+        scale = cfg.get("norm_scaling_factor")
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            scale = 1.0
+            warnings.warn(
+                f"{path} does not say by what activations were scaled (norm_scaling_factor), so they are taken as they "
+                "are.",
+                stacklevel=5,
+            )
     unknown = sorted(tensors.keys() - _TENSORS.keys())
     missing = sorted({"W_enc", "W_dec"} - tensors.keys())
     if unknown or missing:
@@ -205,7 +238,7 @@ def _build(path: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     needed = {"gated": {"b_gate", "r_mag", "b_enc"}, "jump_relu": {"threshold"}}.get(activation, set())
     if not needed <= own.keys() | ({"threshold"} if "log_threshold" in own else set()):
         raise ValueError(f"{path}: the weights of a {architecture} SAE must hold {sorted(needed)}.")
-    if activation == "top_k":
+    if activation in ("top_k", "abs_top_k"):
         own.pop("threshold", None)
         k = cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k"))
         if not isinstance(k, int):
@@ -215,6 +248,9 @@ def _build(path: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         activation,
         k,
         normalize=normalize,
+        undo="transcoder" not in architecture,  # theirs normalise what they read, and predict what is not normalised
         subtracts_b_dec=bool(cfg.get("apply_b_dec_to_input", True)) and "transcoder" not in architecture,
+        scale_in=scale,
+        scale_out=scale,
         decoder_norm="unit" if cfg.get("rescale_acts_by_decoder_norm") else None,
     ).simplest()

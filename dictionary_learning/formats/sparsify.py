@@ -21,7 +21,7 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     file, cfg = place.tensors("sae.safetensors"), place.json("cfg.json")
     tensors = {"W_enc": file.read("encoder.weight").T, "b_enc": file.read("encoder.bias")}
     tensors |= {name: file.read(name) for name in ("W_dec", "b_dec")}
-    transcode = bool(cfg.get("transcode", False)) or "W_skip" in file.names
+    transcode = bool(cfg.get("transcode", False))
     if "W_skip" in file.names:
         tensors["W_skip"] = file.read("W_skip").T
     activation = {"topk": "top_k", "groupmax": "group_max"}.get(str(cfg.get("activation", "topk")))
@@ -32,7 +32,16 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     ae = GeneralSAE.folded(tensors, activation, cfg.get("k"), subtracts_b_dec=not transcode).simplest()
     hook = PurePosixPath(place.name).name
     layer, site = place_of_hook(hook) if re.search(r"\d", hook) else (None, "embed" if hook == "embed_tokens" else hook)
-    said = Said(layer=layer, site=site, submodule_name=hook, trainer={"transcode": transcode})
+    run = place.json_above("config.json")  # of all the modules it trained on
+    said = Said(
+        lm_name=run.get("model"),
+        lm_revision=run.get("revision"),
+        layer=layer,
+        site=site,
+        submodule_name=hook,
+        ctx_len=run.get("ctx_len"),
+        trainer={"transcode": transcode},
+    )
     if transcode:  # from the module's input to its output
         said.site, said.site_out = site.replace("_out", "_in"), site
     return ae, config_of(place, NAME, ae, said)

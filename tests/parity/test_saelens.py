@@ -92,3 +92,71 @@ def test_we_open_what_saelens_saves(name, sae_lens, ours, x_BD, tmp_path):
     agree(theirs, mine, x_BD)
     assert config["buffer"]["ctx_len"] == BUFFER["ctx_len"]
     assert config["trainer"]["layer"] == (3 if name in CASES else None)
+
+
+# -- what SAELens's own classes write, random, whatever we train
+
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+OF_SAES = [(name, way) for name in ("standard", "gated", "topk", "abstopk", "jumprelu") for way in NORMALIZATIONS]
+OF_TRANSCODERS = [
+    (f"{kind}transcoder", way) for kind in ("", "skip_", "jumprelu_", "jumprelu_skip_") for way in NORMALIZATIONS
+]
+
+
+def settings(sae_lens: ModuleType, architecture: str, **more) -> dict:
+    hooks = {"hook_name": "blocks.3.hook_resid_post", "hook_name_out": "blocks.3.hook_mlp_out"}
+    metadata = sae_lens.saes.sae.SAEMetadata(model_name="gpt2", **hooks)
+    top_k = {"k": 5} if "topk" in architecture else {}
+    return {"d_in": D, "d_sae": F, "metadata": metadata, **top_k, **more}
+
+
+@torch.no_grad()
+def randomized(sae):
+    for name, parameter in sae.named_parameters():
+        parameter.copy_((torch.rand_like if "threshold" in name else torch.randn_like)(parameter) / 3)
+    return sae
+
+
+@torch.no_grad()
+def same(theirs, folder: Path, x_BD: torch.Tensor) -> None:
+    mine, _ = load_dictionary(folder)
+    f_BF = theirs.encode(x_BD)
+    for ours, others in ((mine.encode(x_BD), f_BF), (mine(x_BD), theirs(x_BD))):
+        torch.testing.assert_close(ours, others, rtol=1e-6, atol=1e-6 * float(others.abs().max()))
+
+
+@pytest.mark.parametrize(("architecture", "way"), OF_SAES + OF_TRANSCODERS)
+@pytest.mark.parametrize("switch", [False, True])
+def test_what_saelens_writes_computes_here_what_it_computes_there(architecture, way, switch, sae_lens, x_BD, tmp_path):
+    """switch: apply_b_dec_to_input and, for top-k, rescale_acts_by_decoder_norm."""
+    more = {"normalize_activations": way, "apply_b_dec_to_input": switch}
+    if "transcoder" in architecture:
+        more |= {"d_out": D - 2, "apply_b_dec_to_input": False}
+    elif "topk" in architecture:
+        more |= {"rescale_acts_by_decoder_norm": switch}
+    torch.manual_seed(0)
+    sae_class, config_class = sae_lens.registry.get_sae_class(architecture)
+    theirs = randomized(sae_class(config_class(**settings(sae_lens, architecture, **more))))
+    theirs.save_model(tmp_path)
+    same(theirs, tmp_path, x_BD)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_training_checkpoint_of_saelens_is_its_inference_form(architecture, rescale, sae_lens, x_BD, tmp_path):
+    more = {"rescale_acts_by_decoder_norm": rescale} if "topk" in architecture else {}
+    if architecture.startswith("matryoshka"):
+        more |= {"matryoshka_widths": [F // 4, F]}
+    torch.manual_seed(0)
+    sae_class, config_class = sae_lens.registry.get_sae_training_class(architecture)
+    trained = randomized(sae_class(config_class(**settings(sae_lens, architecture, **more))))
+    if hasattr(trained, "topk_threshold"):
+        trained.topk_threshold = torch.tensor(1.3, dtype=torch.double)
+    trained.save_model(tmp_path / "checkpoint")
+    trained.save_inference_model(tmp_path / "final")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "final")
+    same(theirs, tmp_path / "final", x_BD)
+    with torch.no_grad():  # features may be in units of other decoder norms
+        mine, _ = load_dictionary(tmp_path / "checkpoint")
+        others = theirs(x_BD)
+        torch.testing.assert_close(mine(x_BD), others, rtol=1e-6, atol=1e-6 * float(others.abs().max()))

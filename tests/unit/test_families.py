@@ -5,11 +5,13 @@ B tokens, D activation_dim, E output_dim, F dict_size.
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mutations import mutations
 from saes import Malice
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from dictionary_learning.dictionary import GeneralSAE
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.formats.__main__ import main as convert
+from dictionary_learning.start import load_start
 
 B, D, E, F, K = 40, 8, 6, 24, 3
 
@@ -230,8 +233,6 @@ def test_openai(activation, tmp_path, x_BD):
     y_BD = f_BF @ t["W_dec"] + t["b_dec"]
     if activation == "TopK":
         y_BD = y_BD * std + mean
-    else:
-        f_BF = f_BF * t["W_dec"].norm(dim=1)  # ReLU SAEs come in units of a unit-norm decoder
     check(path, x_BD, f_BF, y_BD, layer=6, site="resid_post")
 
 
@@ -257,8 +258,7 @@ def test_hook_z(tmp_path, x_BD):
     cfg = {"act_size": D, "dict_size": F, "act_name": "blocks.5.attn.hook_z"}
     path = folder(tmp_path, "z", {"gpt2_L5.pt": stored, "gpt2_L5_cfg.json": cfg}) / "gpt2_L5.pt"
     f_BF = ((x_BD - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
-    norm_F = t["W_dec"].norm(dim=1)  # ReLU SAEs come in units of a unit-norm decoder
-    check(path, x_BD, f_BF * norm_F, f_BF @ t["W_dec"] + t["b_dec"], layer=5, site="attn_z")
+    check(path, x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"], layer=5, site="attn_z")
 
 
 def saelens(architecture: str, t: dict[str, Tensor], **cfg) -> dict[str, dict]:
@@ -323,6 +323,169 @@ def test_what_does_not_subtract_b_dec_is_converted_exactly(architecture, tmp_pat
     assert config["source"]["format"] == "SAELens" and config["source"]["path"] == str(source)
 
 
+def test_a_jumprelu_that_subtracts_b_dec_is_the_same_in_both_files(tmp_path, x_BD):
+    files = saelens("jumprelu", t := tensors(), apply_b_dec_to_input=True)
+    files["sae_weights.safetensors"]["threshold"] = t["threshold"]
+    assert convert([str(folder(tmp_path, "sae", files)), str(tmp_path / "ours")]) == 0
+    f_BF = jump((x_BD - t["b_dec"]) @ t["W_enc"] + t["b_enc"], t["threshold"])
+    check(tmp_path / "ours", x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"])
+    started = load_start(str(tmp_path / "sae"))
+    again = type(started).from_state(started.state_dict())  # what a trainer takes over
+    torch.testing.assert_close(again.encode(x_BD), f_BF, rtol=1e-5, atol=1e-5)
+    (tmp_path / "ours" / "ae.pt").unlink()
+    check(tmp_path / "ours", x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"])
+
+
+def test_a_jumprelu_that_subtracts_b_dec_is_shifted_as_one(tmp_path, x_BD):
+    files = saelens("jumprelu", t := tensors(), apply_b_dec_to_input=True)
+    files["sae_weights.safetensors"]["threshold"] = t["threshold"]
+    ae, _ = load_dictionary(folder(tmp_path, "sae", files))
+    before, mean_D = ae(x_BD), torch.linspace(-1, 1, D)
+    ae.shift(mean_D)
+    torch.testing.assert_close(ae(x_BD + mean_D), before + mean_D, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "site, hook", [("mlp_out", "hook_mlp_out"), ("att", "attn.hook_z"), ("res", "hook_resid_post")]
+)
+def test_a_converted_sae_tells_saelens_its_place(site, hook, tmp_path):
+    t = tensors()
+    repo = {"mlp_out": "mlp"}.get(site, site)
+    path = folder(tmp_path, f"google/gemma-scope-2b-pt-{repo}/layer_4/width_16k/average_l0_9", {"params.npz": t})
+    assert convert([str(path), str(tmp_path / "ours")]) == 0
+    assert json.loads((tmp_path / "ours" / "cfg.json").read_text())["metadata"]["hook_name"] == f"blocks.4.{hook}"
+    (tmp_path / "ours" / "ae.pt").unlink()
+    said = load_dictionary(tmp_path / "ours")[1]["trainer"]
+    assert (said["layer"], said["lm_name"]) == (4, "google/gemma-2-2b")
+
+
+def test_a_converted_transcoder_is_one_to_saelens_too(tmp_path, x_BD):
+    t = tensors()
+    stored = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"], "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    path = folder(tmp_path, "plt", {"layer_9.safetensors": stored}) / "layer_9.safetensors"
+    assert convert([str(path), str(tmp_path / "ours")]) == 0
+    cfg = json.loads((tmp_path / "ours" / "cfg.json").read_text())
+    assert cfg["architecture"] == "transcoder" and cfg["d_out"] == D
+    assert cfg["metadata"]["hook_name_out"] == "blocks.9.hook_mlp_out"
+    f_BF = (x_BD @ t["W_enc"] + t["b_enc"]).relu()
+    for _ in range(2):  # as ours, then as SAELens's
+        check(tmp_path / "ours", x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"], site="mlp_in", site_out="mlp_out")
+        (tmp_path / "ours" / "ae.pt").unlink(missing_ok=True)
+
+
+def test_the_weights_file_of_a_folder_stands_for_the_folder(tmp_path):
+    path = folder(tmp_path, "sae", {"params.npz": tensors() | {"b_dec": torch.ones(D)}})
+    (one, config), (other, again) = load_dictionary(path), load_dictionary(path / "params.npz")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert config == again
+
+
+def test_a_checkpoint_of_saelens_has_its_scale_beside_it(tmp_path, x_BD):
+    t, s = tensors(), 0.5
+    files = saelens("standard", t, normalize_activations="expected_average_only_in", apply_b_dec_to_input=True)
+    path = folder(tmp_path, "sae", files | {"activation_scaler.json": {"scaling_factor": s}})
+    f_BF = ((s * x_BD - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    check(path, x_BD, f_BF, (f_BF @ t["W_dec"] + t["b_dec"]) / s)
+
+
+@pytest.mark.parametrize("family", ["SAELens", "Llama Scope R1"])
+def test_a_scale_that_nothing_tells_is_warned_about(family, tmp_path):
+    t = tensors()
+    files = saelens("standard", t, normalize_activations=True)
+    if family != "SAELens":
+        stored = linears(t) | {"log_jumprelu_threshold": t["threshold"].log()}
+        files = {"config.json": {"d_model": D}, "sae_weights.safetensors": stored}
+    with pytest.warns(UserWarning, match="taken as they are"):
+        assert load_dictionary(folder(tmp_path, "L3R", files))[1]["source"]["format"] == family
+
+
+def test_sparsify_tells_model_and_context_above_its_folders(tmp_path):
+    t = tensors()
+    stored = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
+    folder(tmp_path, "run", {"config.json": {"model": "EleutherAI/pythia-160m", "ctx_len": 2048, "revision": "step3"}})
+    path = folder(tmp_path, "run/layers.5", {"cfg.json": {"k": K, "d_in": D}, "sae.safetensors": stored})
+    _, config = load_dictionary(path)
+    assert (config["trainer"]["lm_name"], config["trainer"]["lm_revision"]) == ("EleutherAI/pythia-160m", "step3")
+    assert config["buffer"]["ctx_len"] == 2048
+
+
+def test_a_sparsify_sae_with_a_skip_subtracts_b_dec(tmp_path, x_BD):
+    t = tensors()
+    stored = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
+    cfg = {"k": K, "d_in": D, "skip_connection": True, "transcode": False}
+    path = folder(tmp_path, "layers.5", {"cfg.json": cfg, "sae.safetensors": stored | {"W_skip": t["W_skip"].T}})
+    f_BF = top((x_BD - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
+    check(path, x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"] + x_BD @ t["W_skip"], site="resid_post")
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("google/gemma-scope-2-270m-pt/resid_post/layer_5_width_16k_l0_medium", "google/gemma-3-270m"),
+        ("google/gemma-scope-2-4b-it/resid_post/layer_9_width_16k_l0_medium", "google/gemma-3-4b-it"),
+    ],
+)
+def test_gemma_scope_2_without_a_config(name, said, tmp_path):
+    stored = {name.lower(): tensor for name, tensor in tensors().items() if name != "W_skip"}
+    assert load_dictionary(folder(tmp_path, name, {"params.safetensors": stored}))[1]["trainer"]["lm_name"] == said
+
+
+@pytest.mark.parametrize(
+    "config, place", [({"submodule_name": "mlp_out_layer_7"}, (7, "mlp_out")), ({}, (None, "resid_post"))]
+)
+def test_a_reference_config_without_layer_and_buffer(config, place, tmp_path):
+    t = tensors()
+    state = {"bias": t["b_dec"], **linears(t)}
+    state.pop("decoder.bias")
+    files = {"config.json": {"trainer": {"dict_class": "AutoEncoder", **config}, "buffer": None}, "ae.pt": state}
+    _, config = load_dictionary(folder(tmp_path, "sae", files))
+    assert (config["trainer"]["layer"], config["trainer"]["site"]) == place and config["buffer"]["ctx_len"] is None
+
+
+def test_damage_is_one_sentence_in_every_family(tmp_path):
+    """Or, where a format has no checksums, a changed bit of a weight that stays finite."""
+    t = tensors()
+    plain = {name: t[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    lower = {name.lower(): t[name] for name in (*plain, "threshold")}
+    turned = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
+    openmoss = {"W_E": t["W_enc"], "b_E": t["b_enc"], "W_D": t["W_dec"], "b_D": t["b_dec"]}
+    qwen = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T, "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    openai = {"pre_bias": t["b_dec"], "latent_bias": t["b_enc"], "encoder.weight": t["W_enc"].T}
+    openai |= {"decoder.weight": t["W_dec"].T, "activation": "TopK", "activation_state_dict": {"k": K}}
+    scope = {"jump_relu_threshold": 0.1, "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}}
+    folders = {
+        "gemma": {"params.npz": {**plain, "threshold": t["threshold"]}},
+        "gemma2": {"params.safetensors": lower, "config.json": {"model_name": "gemma-v3-1b-pt", "l0": 20}},
+        "layers.5": {"sae.safetensors": turned, "cfg.json": {"k": K, "d_in": D, "transcode": False}},
+        "openmoss": {
+            "sae_weights.safetensors": openmoss,
+            "config.json": {"sae_type": "sae", "act_fn": "topk", "top_k": K},
+        },
+        "L15R": {"hyperparams.json": scope, "checkpoints/final.safetensors": linears(t)},
+        "saelens": saelens("topk", t, k=K),
+        "qwen": {"layer3.sae.pt": qwen, "config.json": {"k": K}},
+        "openai": {"layer_6.pt": openai},
+        "plt": {"layer_9.safetensors": {**plain, "W_enc": t["W_enc"].T}, "config.yaml": {"model_name": "a/b"}},
+    }
+    n_told = dict.fromkeys(folders, 0)
+    for name, files in folders.items():
+        path = folder(tmp_path, name, files)
+        load_dictionary(path)
+        for file in files:
+            whole = (path / file).read_bytes()
+            for damaged in mutations(whole, random.Random(0)):
+                (path / file).write_bytes(damaged)
+                try:
+                    ae, _ = load_dictionary(path)
+                except ValueError as error:
+                    n_told[name] += 1
+                    assert str(path) in str(error) and "\n" not in str(error)
+                else:
+                    assert all(parameter.isfinite().all() for parameter in ae.parameters())
+            (path / file).write_bytes(whole)
+    assert min(n_told.values()) > 10, n_told
+
+
 def test_a_decoder_row_of_zeros_makes_no_nan(tmp_path, x_BD):
     t = tensors()
     t["W_dec"][2] = 0
@@ -344,6 +507,18 @@ def test_what_has_no_class_of_ours_is_not_converted(tmp_path, capsys):
         ({"W_enc_0.safetensors": {"W_enc_0": torch.ones(2, 2)}}, "cross-layer"),
         ({"conf.yaml": {}, "latest_ckpt.safetensors": {"D": torch.ones(2)}}, "temporal"),
         ({"config.json": {"sae_type": "lorsa"}, "sae_weights.safetensors": {"W_E": torch.ones(2, 2)}}, "lorsa"),
+        (
+            {
+                "config.json": {
+                    "sae_type": "sae",
+                    "hook_point_in": "blocks.4.ln2.hook_normalized",
+                    "hook_point_out": "blocks.4.hook_mlp_out",
+                    "norm_activation": "token-wise",
+                },
+                "sae_weights.safetensors": {"W_E": torch.ones(2, 2), "W_D": torch.ones(2, 2)},
+            },
+            "transcoder's target",
+        ),
         ({"layer3.sae.pt": {"W_enc": Malice()}}, "layer3.sae.pt is damaged"),
         ({"params.npz": {"W_enc": torch.full((D, F), math.nan), "W_dec": torch.ones(F, D)}}, "params|finite|threshold"),
         ({"params.safetensors": {"w_enc": torch.ones(3, 4), "w_dec": torch.ones(5, 3)}}, "does not fit"),
