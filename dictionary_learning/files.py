@@ -139,6 +139,15 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dicts hold, by dotted names.  No function within a function: its cycle would keep files mapped."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 class TensorFile:
     """The tensors of a .safetensors, .npz or torch.save file, each read when it is asked for, floats as float32.
 
@@ -207,17 +216,11 @@ class TensorFile:
         if not isinstance(content, dict):
             raise ValueError(f"it holds no tensors by name but a {type(content).__name__}")
         tensors: dict[str, Tensor] = {}
-
-        def walk(prefix: str, inner: dict) -> None:
-            for key, value in inner.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{prefix}{key}"] = value.detach()
-                elif isinstance(value, dict):
-                    walk(f"{prefix}{key}.", value)
-                else:
-                    values[f"{prefix}{key}"] = value
-
-        walk("", content)
+        for name, value in _leaves(content):
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach()
+            else:
+                values[name] = value
         return tensors
 
     @contextmanager

@@ -132,7 +132,8 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    """Told by its extremes, which are nan where an element is: no mask as large as the tensor."""
+    """Told by its extremes, which are nan where an element is: no mask as large as the tensor, nor a copy in order."""
+    tensor = tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor
     return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

@@ -1,14 +1,25 @@
 """Files: whatever happens, the old content or the new."""
 
+import gc
 import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from saes import config_of, make_sae
+from safetensors.torch import save_file
 
-from dictionary_learning.files import append_jsonl, read_json, read_jsonl, rewind_jsonl, write_atomic, write_json
+from dictionary_learning.files import (
+    TensorFile,
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    rewind_jsonl,
+    write_atomic,
+    write_json,
+)
 from dictionary_learning.formats import save_sae, save_weights
 from dictionary_learning.state import save_state
 
@@ -66,3 +77,25 @@ def test_metrics_are_rewound_to_the_step_of_the_state(tmp_path):
     rewind_jsonl(path, 40)
     append_jsonl(path, {"step": 40, "loss": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30, 40]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from /proc")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
+def test_half_precision_is_read_in_pieces_and_nothing_stays_mapped(suffix, tmp_path, monkeypatch):
+    """What stayed mapped would take memory beside the float32 weights."""
+    monkeypatch.setattr(TensorFile, "PIECE", 50)
+    whole = torch.randn(40, 10).half()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save({"ae": {"W": whole}, "step": 3}, path)
+    elif suffix == ".safetensors":
+        save_file({"ae.W": whole}, path)
+    else:
+        np.savez(path, **{"ae.W": whole.numpy()})
+    gc.disable()  # nothing waits for it
+    try:
+        read = TensorFile(path).read("ae.W")
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+    assert read.dtype == torch.float32 and torch.equal(read, whole.float())

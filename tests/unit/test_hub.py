@@ -13,10 +13,11 @@ import pytest
 import torch
 from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from dictionary_learning import dictionary, hub
 from dictionary_learning.files import read_json, write_json
-from dictionary_learning.formats import save_sae
+from dictionary_learning.formats import load_dictionary, save_sae
 from dictionary_learning.hub import UploadError, check_repo, upload_run
 from dictionary_learning.model_card import CARD_MARK, model_card
 
@@ -403,6 +404,45 @@ def test_a_readme_that_cannot_be_read_is_not_taken_for_none(server, run_folder, 
 def test_a_licence_chosen_on_the_hub_stays(run_folder):
     card = model_card(run_folder, "alice/saes", "---\nlicense: cc-by-4.0\n---\n") or ""
     assert CARD_MARK in card and ModelCard(card).data.license == "cc-by-4.0" and card.count("license") == 1
+
+
+# -- SAEs of other families, by name
+
+
+def stored(content: dict, tmp_path: Path, name: str) -> bytes:
+    (tmp_path / "file").mkdir(exist_ok=True)
+    path = tmp_path / "file" / name
+    save_file(content, path) if name.endswith(".safetensors") else torch.save(content, path)
+    return path.read_bytes()
+
+
+def test_a_file_at_the_root_and_a_folder_download_what_they_need(server, tmp_path, monkeypatch):
+    # as with ENDPOINT, what the module has of it is of the time of its import
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", huggingface_hub.HfApi(server.url).list_repo_files)
+    draw = torch.Generator().manual_seed(0)
+    W_FD, b_F, b_D = torch.randn(12, 4, generator=draw), torch.zeros(12), torch.zeros(4)
+    qwen = stored({"W_enc": W_FD, "W_dec": W_FD.T.clone(), "b_enc": b_F, "b_dec": b_D}, tmp_path, "layer3.sae.pt")
+    coder = {"encoder.weight": W_FD, "encoder.bias": b_F, "W_dec": W_FD.clone(), "b_dec": b_D}
+    sparsify = stored(coder, tmp_path, "sae.safetensors")
+    server.repos["alice/saes"] = Repo(
+        private=False,
+        files={
+            "layer3.sae.pt": qwen,
+            "layer4.sae.pt": b"large",
+            "config.json": b'{"k": 3, "model": "user/lm", "ctx_len": 64}',
+            "layers.5/cfg.json": b'{"k": 2, "d_in": 4}',
+            "layers.5/sae.safetensors": sparsify,
+            "layers.5/notes.md": b"large",
+        },
+        commits=["all"],
+    )
+    ae, config = load_dictionary(f"alice/saes@{server.repos['alice/saes'].head}/layer3.sae.pt")
+    assert torch.equal(ae.decoder_FD, W_FD) and (config["trainer"]["layer"], config["trainer"]["k"]) == (3, 3)
+    ae, config = load_dictionary("alice/saes/layers.5")
+    assert torch.equal(ae.decoder_FD, W_FD) and config["trainer"]["lm_name"] == "user/lm"
+    assert config["source"]["path"] == "alice/saes/layers.5" and config["buffer"]["ctx_len"] == 64
+    got = {path.rsplit("/", 1)[1] for method, path in server.requests if method == "GET" and "/resolve/" in path}
+    assert got == {"layer3.sae.pt", "config.json", "cfg.json", "sae.safetensors"}
 
 
 # -- there and back, by the client that users have: addresses and login come from the environment
