@@ -218,7 +218,7 @@ def load_ours(plan: Any) -> tuple[Any, Any]:
 
 def ours(plan: Any, work: dict[str, Any]) -> None:
     from dictionary_learning.run import make_buffer
-    from dictionary_learning.training import Loop, make_runs
+    from dictionary_learning.training import Loop, choose_workers, make_runs
 
     sweep, clock = plan.sweep, Clock(plan.device)
     lm, text = load_ours(plan)
@@ -226,7 +226,9 @@ def ours(plan: Any, work: dict[str, Any]) -> None:
     buffer = make_buffer(plan, lm, TimedText(text, clock))
     norm_factors = buffer.norm_factors
     runs = make_runs(plan.configs, [None] * len(plan.configs), buffer.config)
-    options = {"log_steps": sweep.log_steps, "autocast_dtype": getattr(torch, plan.autocast), "show_progress": False}
+    autocast = getattr(torch, plan.autocast)
+    workers = sweep.sae_threads or choose_workers(plan.configs, sweep.sae_batch_size, autocast, plan.device)
+    options = {"log_steps": sweep.log_steps, "autocast_dtype": autocast, "show_progress": False, "workers": workers}
     Loop(runs, Paced(buffer, work, clock), norm_factors, work["steps"], **options).train()
 
 
