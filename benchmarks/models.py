@@ -1,11 +1,15 @@
 """Every type of AutoModelForCausalLM, tiny and random: read and overwritten exactly, or refused in one sentence.
 
-    python benchmarks/models.py [TYPE ...] [--jobs 2]
+    python benchmarks/models.py [TYPE ...] [--jobs 2] [--sites]
 
 Prints a line for each type and variant. Exact means: activations are those of a plain forward hook, a truncated load
 has the whole model's, running on from a layer is running the model with that block's output replaced, a later token
 changes nothing before it, the context limit can be run at. "wrong" is anything else but a ValueError, "no model" a
 configuration that transformers makes no model of.
+
+With --sites it looks at the places inside the blocks instead. Exact then means: attention's and MLP's outputs and what
+the block is given add up to what it returns, running on with a place's own activations gives the model's logits, and
+running on with others there is the model with a plain hook that puts them there; a line also says what no block has.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +282,60 @@ def faults(folder: str, model: Any, base_folder: str | None) -> Iterator[str]:
         yield f"a context of {length} (limit {shape.context_limit}): {type(error).__name__}"
 
 
+def in_span(y: Tensor, *parts: Tensor) -> bool:
+    """Whether y is a sum of multiples of the parts."""
+    A = torch.stack([part.double().flatten() for part in parts], 1)
+    rest = y.double().flatten() - A @ torch.linalg.lstsq(A, y.double().flatten()[:, None]).solution[:, 0]
+    return bool(rest.norm() < 1e-4 * y.double().norm())
+
+
+def site_faults(folder: str, model: Any, base_folder: str | None) -> Iterator[str]:
+    """What is not exact about the sites of a model that loads; prints what its layers lack."""
+    from dictionary_learning.model import load_model
+    from dictionary_learning.sites import SITES, Tap, attach
+
+    lm = load_model(folder)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BL = torch.randint(10, V - 20, (2, 11), generator=generator)
+    mask_BL = torch.ones_like(tokens_BL)
+    inputs = {"input_ids": tokens_BL, "attention_mask": mask_BL, "use_cache": False}
+    lacking: dict[str, list[int]] = {}
+    for layer in sorted(lm._outputs):
+        places = {}
+        for site in SITES:
+            try:
+                lm.point(Tap(layer, site))
+                places[site] = Tap(layer, site)
+            except ValueError as error:
+                lacking.setdefault(str(error).split(": ", 1)[1].replace(f".{layer}.", ".L."), []).append(layer)
+        logits_BLV, x_by_place = lm.run(tokens_BL, mask_BL, [*places.values(), *range(layer)])
+        x = {site: x_by_place[place] for site, place in places.items()}
+        outs = [x[site] for site in ("attn_out", "mlp_out") if site in x]
+        alone = len(lm._anatomies[layer].mixers) == 1  # some blocks have a state-space mixer beside the attention
+        if len(outs) == 2 and alone and not in_span(x["resid_post"], x["resid_pre"], *outs):
+            yield f"layer {layer}: its parts do not add up"
+        if "resid_mid" in x and not in_span(x["resid_mid"], x["resid_pre"], x["attn_out"]):
+            yield f"layer {layer}: resid_mid is not what attention adds up to"
+        below = x_by_place.get(layer - 1)
+        cut = load_model(folder, last_layer=layer).activations(tokens_BL, mask_BL, list(places.values()))
+        for site, place in places.items():
+            if not torch.equal(cut[place], x[site]):
+                yield f"layer {layer}: {site} of a truncated load differs"
+            if not torch.equal(lm.run_from(place, x[site], tokens_BL, mask_BL, below), logits_BLV):
+                yield f"layer {layer}: its own {site} does not give its logits"
+            noise_BLW = torch.randn(x[site].shape, generator=generator)
+            remove = attach(lm.point(place), lambda _, noise_BLW=noise_BLW: noise_BLW)
+            with torch.no_grad():
+                expected_BLV = lm.model(**inputs).logits
+            remove()
+            if torch.equal(expected_BLV, logits_BLV):
+                yield f"layer {layer}: {site} is not read by what is above"
+            if not torch.equal(lm.run_from(place, noise_BLW, tokens_BL, mask_BL, below), expected_BLV):
+                yield f"layer {layer}: run_from is not the model with {site} replaced"
+    for why, layers in lacking.items():
+        print(f"    {model.config.model_type} layers {layers}: {why}", flush=True)
+
+
 def not_made(config: Any, folder: Path, error: Exception) -> tuple[str, str]:
     """(verdict, why) where transformers makes no model: to be refused if it makes none in the type's own sizes."""
     from transformers import AutoModelForCausalLM
@@ -296,7 +355,7 @@ def not_made(config: Any, folder: Path, error: Exception) -> tuple[str, str]:
     return "wrong", "a shape of no model"
 
 
-def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
+def tried(label: str, make: Callable[[], Any], faults: Callable[..., Iterator[str]] = faults) -> tuple[str, str, str]:
     """(label, exact | refused | wrong, why)"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -333,12 +392,12 @@ def tried(label: str, make: Callable[[], Any]) -> tuple[str, str, str]:
     return label, "wrong" if found else "exact", "; ".join(found)
 
 
-def tried_type(model_type: str) -> list[tuple[str, str, str]]:
+def tried_type(model_type: str, faults: Callable[..., Iterator[str]] = faults) -> list[tuple[str, str, str]]:
     try:
         configs = list(variants(model_type))
     except Exception as error:
         return [(model_type, "no model", f"config: {type(error).__name__}: {error}"[:300])]
-    return [tried(label, lambda config=config: config) for label, config in configs]
+    return [tried(label, lambda config=config: config, faults) for label, config in configs]
 
 
 def quiet() -> None:
@@ -357,10 +416,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types (all)")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--sites", action="store_true", help="look at the places inside the blocks")
     args = parser.parse_args()
+    look = partial(tried_type, faults=site_faults if args.sites else faults)
     counts: Counter[str] = Counter()
     with ProcessPoolExecutor(args.jobs, initializer=quiet) as pool:
-        for results in pool.map(tried_type, args.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXTRA]):
+        for results in pool.map(look, args.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXTRA]):
             for label, verdict, why in results:
                 counts[verdict] += 1
                 print(f"{label:32} {verdict:8} {why}", flush=True)

@@ -17,21 +17,65 @@ from torch.nn.functional import linear
 
 
 class Dictionary(nn.Module):
-    """Base of all SAEs: x_BD -> f_BF by `encode`, f_BF -> x_hat_BD by `decode`."""
+    """Base of all SAEs: x_BD -> f_BF by `encode`, f_BF -> x_hat_BD by `decode`.
+
+    One that is made with an `output_dim` is a transcoder: it predicts activations y_BE of another place than the one it
+    reads, so nothing is taken from x before it is encoded. With `skip` it adds x W_skip (D, E), which decoding then
+    needs x for (skip transcoders: Paulo et al. 2025, https://arxiv.org/abs/2501.18823).
+    """
 
     biases: ClassVar[tuple[str, ...]]  # what scales with the activations
     output_bias: ClassVar[str] = "b_dec"
-    input_bias: str | None = None  # of the encoder, where this does not take the output bias from x first
+    encoder_bias: ClassVar[str] = "encoder.bias"
     activation_dim: int
     dict_size: int
+    is_transcoder = False
+    W_skip: Any  # a parameter or None
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("W_skip", None)
     encoder: nn.Linear  # where the class has them; others have W_enc and W_dec
     decoder: nn.Linear
 
     def encode(self, x_BD: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def decode(self, f_BF: Tensor) -> Tensor:
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        """x_hat_BE; ValueError without the activations that were encoded, where `needs_input`."""
         raise NotImplementedError
+
+    def _make(self, activation_dim: int, dict_size: int, output_dim: int | None, skip: bool) -> int:
+        """Note the sizes, make W_skip where there is one; returns E."""
+        self.activation_dim, self.dict_size = activation_dim, dict_size
+        self.is_transcoder, self._output_dim = output_dim is not None, output_dim or activation_dim
+        if skip:
+            self.W_skip = nn.Parameter(torch.zeros(activation_dim, self._output_dim))
+        return self._output_dim
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether `decode` needs the activations that were encoded."""
+        return self.W_skip is not None
+
+    @property
+    def subtracted_D(self) -> Tensor | None:
+        """What is taken from x before it is encoded: the output bias, or nothing."""
+        return None if self.is_transcoder else self.get_parameter(self.output_bias)
+
+    def _centred(self, x_BD: Tensor) -> Tensor:
+        x_BD, subtracted_D = self.like_weights(x_BD), self.subtracted_D
+        return x_BD if subtracted_D is None else x_BD - subtracted_D
+
+    def _with_skip(self, y_BE: Tensor, x_BD: Tensor | None) -> Tensor:
+        if self.W_skip is None:
+            return y_BE
+        return y_BE + self.like_weights(self._given(x_BD)) @ self.W_skip
+
+    def _given(self, x_BD: Tensor | None) -> Tensor:
+        if x_BD is None:
+            raise ValueError("this SAE decodes with what it encoded: call decode(f, x).")
+        return x_BD
 
     def like_weights(self, x_BD: Tensor) -> Tensor:
         """In the weights' dtype: activations come as the language model has them."""
@@ -40,13 +84,13 @@ class Dictionary(nn.Module):
     def forward(self, x_BD: Tensor, output_features: bool = False):
         """x_hat_BD, or (x_hat_BD, f_BF) with `output_features`."""
         f_BF = self.encode(x_BD)
-        x_hat_BD = self.decode(f_BF)
-        return (x_hat_BD, f_BF) if output_features else x_hat_BD
+        x_hat_BE = self.decode(f_BF, x_BD) if self.needs_input else self.decode(f_BF)
+        return (x_hat_BE, f_BF) if output_features else x_hat_BE
 
     @property
     def output_dim(self) -> int:
         """The width of x_hat: that of x, but for transcoders."""
-        return self.activation_dim
+        return self._output_dim if self.is_transcoder else self.activation_dim
 
     @property
     def encoder_FD(self) -> Tensor:
@@ -69,23 +113,39 @@ class Dictionary(nn.Module):
             state[name].mul_(scale)
 
     @torch.no_grad()
-    def shift(self, mean_D: Tensor) -> None:
-        """Make SAE'(x + mean) = SAE(x) + mean: features and weights stay."""
-        state = self.state_dict(keep_vars=True)
+    def scale(self, scale_in: float, scale_out: float) -> None:
+        """Make SAE'(scale_in * x) = scale_out * SAE(x): features scale as the outputs do, decoder directions stay."""
+        self.scale_biases(scale_out)
+        if scale_in != scale_out:
+            self.encoder_FD.mul_(scale_out / scale_in)
+            if self.W_skip is not None:
+                self.W_skip.mul_(scale_out / scale_in)
+
+    @torch.no_grad()
+    def shift(self, mean_D: Tensor, mean_out_E: Tensor | None = None) -> None:
+        """Make SAE'(x + mean) = SAE(x) + mean_out, by default the same mean: features and weights stay."""
         mean_D = mean_D.to(self.encoder_FD)
-        state[self.output_bias].add_(mean_D)
-        if self.input_bias is not None:
-            state[self.input_bias].sub_(self.encoder_FD @ mean_D)
+        mean_out_E = mean_D if mean_out_E is None else mean_out_E.to(self.encoder_FD)
+        state = self.state_dict(keep_vars=True)
+        state[self.output_bias].add_(mean_out_E if self.W_skip is None else mean_out_E - mean_D @ self.W_skip)
+        if self.subtracted_D is None:
+            self._shift_encoder(self.encoder_FD @ mean_D)
+
+    def _shift_encoder(self, shift_F: Tensor) -> None:
+        self.state_dict(keep_vars=True)[self.encoder_bias].sub_(shift_F)
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> Self:
+    def from_state(cls, state: dict[str, Tensor], is_transcoder: bool = False) -> Self:
         """The module a state dict belongs to, in float32; strict.  It takes the tensors over and copies none."""
         if "W_dec" in state:
-            dict_size, activation_dim = state["W_dec"].shape
+            dict_size, output_dim = state["W_dec"].shape
+            activation_dim = len(state["W_enc"])
         else:
-            activation_dim, dict_size = state["decoder.weight"].shape
+            output_dim, dict_size = state["decoder.weight"].shape
+            activation_dim = state["encoder.weight"].shape[1]
+        target = {"output_dim": output_dim, "skip": "W_skip" in state} if is_transcoder else {}
         with torch.device("meta"):  # nothing is drawn, nothing takes memory
-            sae = cls(activation_dim, dict_size, **cls._settings(state))
+            sae = cls(activation_dim if target else output_dim, dict_size, **cls._settings(state), **target)
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         sae.load_state_dict(floats, assign=True)
         return sae
@@ -121,6 +181,18 @@ def _rows(weight_DF: Tensor) -> nn.Parameter:
     return nn.Parameter(weight_DF.T.clone(memory_format=torch.contiguous_format).T)
 
 
+def _normal_pair(
+    activation_dim: int, output_dim: int, dict_size: int, generator: torch.Generator | None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(w_DF, w_EF) with columns of norm `scale`: one and the same where the widths are."""
+    w_DF = _normal(activation_dim, dict_size, generator)
+    w_DF = w_DF / _norms(w_DF) * scale
+    if output_dim == activation_dim:
+        return w_DF, w_DF
+    w_EF = _normal(output_dim, dict_size, generator)
+    return w_DF, w_EF / _norms(w_EF) * scale
+
+
 # Without values (see `from_state`) draws and norms are of no use, and the first ones take torch seconds.
 def _normal(activation_dim: int, dict_size: int, generator: torch.Generator | None) -> Tensor:
     w_DF = torch.empty(activation_dim, dict_size)
@@ -130,6 +202,20 @@ def _normal(activation_dim: int, dict_size: int, generator: torch.Generator | No
 def _norms(weight_DF: Tensor) -> Tensor:
     """(1, F)"""
     return weight_DF[:1] if weight_DF.is_meta else weight_DF.norm(dim=0, keepdim=True)
+
+
+def _uniform_pair(
+    activation_dim: int, output_dim: int, dict_size: int, generator: torch.Generator | None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(w_FD, w_FE) with rows of norm 1: one and the same where the widths are."""
+    w_FD = torch.empty(dict_size, activation_dim)
+    nn.init.kaiming_uniform_(w_FD, generator=generator)
+    w_FD = unit_rows(w_FD, eps)
+    if output_dim == activation_dim:
+        return w_FD, w_FD
+    w_FE = torch.empty(dict_size, output_dim)
+    nn.init.kaiming_uniform_(w_FE, generator=generator)
+    return w_FD, unit_rows(w_FE, eps)
 
 
 def unit_rows(weight_FD: Tensor, eps: float = 0.0) -> Tensor:
@@ -154,25 +240,31 @@ class AutoEncoder(Dictionary):
     biases = ("encoder.bias", "bias")
     output_bias = "bias"
 
-    def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        activation_dim: int,
+        dict_size: int,
+        generator: torch.Generator | None = None,
+        output_dim: int | None = None,
+        skip: bool = False,
+    ):
         super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
-        self.bias = nn.Parameter(torch.zeros(activation_dim))
+        E = self._make(activation_dim, dict_size, output_dim, skip)
+        self.bias = nn.Parameter(torch.zeros(E))
         self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
+        self.decoder = _empty_linear(dict_size, E, bias=False)
         # the encoder's bias keeps its uniform draw: so does the reference's
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF) * 0.1
+        w_DF, w_EF = _normal_pair(activation_dim, E, dict_size, generator, scale=0.1)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
-        self.decoder.weight = _rows(w_DF)
+        self.decoder.weight = _rows(w_EF)
 
     def encode(self, x_BD: Tensor) -> Tensor:
-        return torch.relu(self.encoder(self.like_weights(x_BD) - self.bias))
+        return torch.relu(self.encoder(self._centred(x_BD)))
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        return self.decoder(f_BF) + self.bias
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        return self._with_skip(self.decoder(f_BF) + self.bias, x_BD)
 
     def with_unit_norm(self) -> Self:
         norm_F = self.decoder_FD.norm(dim=1)
@@ -211,33 +303,40 @@ class AutoEncoderNew(Dictionary):
     """
 
     biases = ("encoder.bias", "decoder.bias")
-    output_bias, input_bias = "decoder.bias", "encoder.bias"
+    output_bias = "decoder.bias"
+    subtracted_D = None
 
-    def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        activation_dim: int,
+        dict_size: int,
+        generator: torch.Generator | None = None,
+        output_dim: int | None = None,
+        skip: bool = False,
+    ):
         super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
+        E = self._make(activation_dim, dict_size, output_dim, skip)
         self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=True)
+        self.decoder = _empty_linear(dict_size, E, bias=True)
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, self.decoder.bias, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF) * 0.1
+        w_DF, w_EF = _normal_pair(activation_dim, E, dict_size, generator, scale=0.1)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
-        self.decoder.weight = _rows(w_DF)
+        self.decoder.weight = _rows(w_EF)
         nn.init.zeros_(self.encoder.bias)
         nn.init.zeros_(self.decoder.bias)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         return torch.relu(self.encoder(self.like_weights(x_BD)))
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        return self.decoder(f_BF)
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        return self._with_skip(self.decoder(f_BF), x_BD)
 
     def forward(self, x_BD: Tensor, output_features: bool = False):
         """The features returned are weighted by the norms of their decoder columns, as their penalty is."""
         f_BF = self.encode(x_BD)
-        x_hat_BD = self.decode(f_BF)
-        return (x_hat_BD, f_BF * self.decoder.weight.norm(dim=0)) if output_features else x_hat_BD
+        x_hat_BE = self.decode(f_BF, x_BD)
+        return (x_hat_BE, f_BF * self.decoder.weight.norm(dim=0)) if output_features else x_hat_BE
 
 
 class GatedAutoEncoder(Dictionary):
@@ -249,25 +348,31 @@ class GatedAutoEncoder(Dictionary):
     biases = ("decoder_bias", "mag_bias", "gate_bias")
     output_bias = "decoder_bias"
 
-    def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        activation_dim: int,
+        dict_size: int,
+        generator: torch.Generator | None = None,
+        output_dim: int | None = None,
+        skip: bool = False,
+    ):
         super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
-        self.decoder_bias = nn.Parameter(torch.zeros(activation_dim))
+        E = self._make(activation_dim, dict_size, output_dim, skip)
+        self.decoder_bias = nn.Parameter(torch.zeros(E))
         self.encoder = _empty_linear(activation_dim, dict_size, bias=False)
         self.r_mag = nn.Parameter(torch.zeros(dict_size))
         self.gate_bias = nn.Parameter(torch.zeros(dict_size))
         self.mag_bias = nn.Parameter(torch.zeros(dict_size))
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
+        self.decoder = _empty_linear(dict_size, E, bias=False)
         _draw_linear(self.encoder.weight, None, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF)
+        w_DF, w_EF = _normal_pair(activation_dim, E, dict_size, generator)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
-        self.decoder.weight = _rows(w_DF)
+        self.decoder.weight = _rows(w_EF)
 
     def gate_and_features(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(relu of the gate's pre-activation, f), both BF: penalty and auxiliary loss see the first."""
-        u_BF = self.encoder(self.like_weights(x_BD) - self.decoder_bias)
+        u_BF = self.encoder(self._centred(x_BD))
         pi_gate_BF = u_BF + self.gate_bias
         pi_mag_BF = self.r_mag.exp() * u_BF + self.mag_bias
         return torch.relu(pi_gate_BF), torch.where(pi_gate_BF > 0, torch.relu(pi_mag_BF), 0)
@@ -275,8 +380,12 @@ class GatedAutoEncoder(Dictionary):
     def encode(self, x_BD: Tensor) -> Tensor:
         return self.gate_and_features(x_BD)[1]
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        return self.decoder(f_BF) + self.decoder_bias
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        return self._with_skip(self.decoder(f_BF) + self.decoder_bias, x_BD)
+
+    def _shift_encoder(self, shift_F: Tensor) -> None:
+        self.gate_bias.sub_(shift_F)
+        self.mag_bias.sub_(self.r_mag.exp() * shift_F)
 
 
 class MatrixDictionary(Dictionary):
@@ -284,6 +393,7 @@ class MatrixDictionary(Dictionary):
 
     W_enc: nn.Parameter
     W_dec: nn.Parameter
+    encoder_bias = "b_enc"
 
     @property
     def encoder_FD(self) -> Tensor:
@@ -308,22 +418,22 @@ class JumpReluAutoEncoder(MatrixDictionary):
         dict_size: int,
         generator: torch.Generator | None = None,
         apply_b_dec_to_input: bool = False,
+        output_dim: int | None = None,
+        skip: bool = False,
     ):
         super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
+        E = self._make(activation_dim, dict_size, output_dim, skip)
         self.apply_b_dec_to_input = apply_b_dec_to_input
-        w_FD = torch.empty(dict_size, activation_dim)
-        nn.init.kaiming_uniform_(w_FD, generator=generator)
-        w_FD = unit_rows(w_FD)
+        w_FD, w_FE = _uniform_pair(activation_dim, E, dict_size, generator)
         self.W_enc = _rows(w_FD.T)
         self.b_enc = nn.Parameter(torch.zeros(dict_size))
-        self.W_dec = nn.Parameter(w_FD.clone())
-        self.b_dec = nn.Parameter(torch.zeros(activation_dim))
+        self.W_dec = nn.Parameter(w_FE.clone())
+        self.b_dec = nn.Parameter(torch.zeros(E))
         self.threshold = nn.Parameter(torch.full((dict_size,), 0.001))
 
     @property
-    def input_bias(self) -> str | None:
-        return None if self.apply_b_dec_to_input else "b_enc"
+    def subtracted_D(self) -> Tensor | None:
+        return self.b_dec if self.apply_b_dec_to_input else None
 
     @torch.no_grad()
     def without_input_bias(self) -> "JumpReluAutoEncoder":
@@ -334,17 +444,14 @@ class JumpReluAutoEncoder(MatrixDictionary):
         return type(self).from_state(state | {"b_enc": state["b_enc"] - state["b_dec"] @ state["W_enc"]})
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        x_BD = self.like_weights(x_BD)
-        if self.apply_b_dec_to_input:
-            x_BD = x_BD - self.b_dec
-        return x_BD @ self.W_enc + self.b_enc
+        return self._centred(x_BD) @ self.W_enc + self.b_enc
 
     def encode(self, x_BD: Tensor) -> Tensor:
         z_BF = self.pre_activations(x_BD)
         return torch.relu(torch.where(z_BF > self.threshold, z_BF, 0))
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        return f_BF @ self.W_dec + self.b_dec
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        return self._with_skip(f_BF @ self.W_dec + self.b_dec, x_BD)
 
 
 class TopKDictionary(Dictionary):
@@ -374,8 +481,7 @@ class TopKDictionary(Dictionary):
 
     def encode(self, x_BD: Tensor, use_threshold: bool | None = None) -> Tensor:
         """f_BF by the threshold (the default once it is recorded) or, with False, by exact top-k."""
-        x_BD = self.like_weights(x_BD) - self.b_dec
-        post_relu_BF = torch.relu(linear(x_BD, self.encoder_FD, self.encoder_bias_F))
+        post_relu_BF = torch.relu(linear(self._centred(x_BD), self.encoder_FD, self.encoder_bias_F))
         if use_threshold is None:
             use_threshold = bool(self.threshold >= 0)
         if use_threshold:
@@ -389,8 +495,8 @@ class TopKDictionary(Dictionary):
         top = flat_N.topk(int(self.k) * n_tokens, sorted=False)
         return torch.zeros_like(flat_N).scatter(0, top.indices, top.values).view_as(post_relu_BF)
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        return linear(f_BF, self.decoder_FD.T) + self.b_dec
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        return self._with_skip(linear(f_BF, self.decoder_FD.T) + self.b_dec, x_BD)
 
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:
@@ -407,19 +513,28 @@ class BatchTopKSAE(TopKDictionary):
 
     biases = ("encoder.bias", "b_dec")
 
-    def __init__(self, activation_dim: int, dict_size: int, k: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        activation_dim: int,
+        dict_size: int,
+        k: int,
+        generator: torch.Generator | None = None,
+        output_dim: int | None = None,
+        skip: bool = False,
+    ):
         super().__init__()
-        self.activation_dim, self.dict_size = activation_dim, dict_size
+        E = self._make(activation_dim, dict_size, output_dim, skip)
         self._add_buffers(k)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
+        self.decoder = _empty_linear(dict_size, E, bias=False)
         self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = self.decoder.weight.detach()
-        w_DF = w_DF / (_norms(w_DF) + torch.finfo(w_DF.dtype).eps)
+        w_EF = self.decoder.weight.detach()
+        w_EF = w_EF / (_norms(w_EF) + torch.finfo(w_EF.dtype).eps)
+        w_DF = w_EF if E == activation_dim else _normal_pair(activation_dim, activation_dim, dict_size, generator)[0]
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
-        self.decoder.weight = _rows(w_DF)
+        self.decoder.weight = _rows(w_EF)
         nn.init.zeros_(self.encoder.bias)
-        self.b_dec = nn.Parameter(torch.zeros(activation_dim))
+        self.b_dec = nn.Parameter(torch.zeros(E))
 
 
 class AutoEncoderTopK(BatchTopKSAE):
@@ -449,22 +564,22 @@ class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):
         k: int,
         group_sizes: list[int],
         generator: torch.Generator | None = None,
+        output_dim: int | None = None,
+        skip: bool = False,
     ):
         super().__init__()
         if sum(group_sizes) != dict_size or min(group_sizes) <= 0:
             raise ValueError(f"group sizes must be positive and add up to dict_size {dict_size}, not {group_sizes}.")
-        self.activation_dim, self.dict_size = activation_dim, dict_size
+        E = self._make(activation_dim, dict_size, output_dim, skip)
         self._add_buffers(k)
         self.register_buffer("group_sizes", torch.tensor(group_sizes))
         self.group_ends = list(accumulate(group_sizes))
         self.active_groups = len(group_sizes)
-        w_FD = torch.empty(dict_size, activation_dim)
-        nn.init.kaiming_uniform_(w_FD, generator=generator)
-        w_FD = unit_rows(w_FD, eps=torch.finfo(torch.float32).eps)
+        w_FD, w_FE = _uniform_pair(activation_dim, E, dict_size, generator, eps=torch.finfo(torch.float32).eps)
         self.W_enc = _rows(w_FD.T)
         self.b_enc = nn.Parameter(torch.zeros(dict_size))
-        self.W_dec = nn.Parameter(w_FD.clone())
-        self.b_dec = nn.Parameter(torch.zeros(activation_dim))
+        self.W_dec = nn.Parameter(w_FE.clone())
+        self.b_dec = nn.Parameter(torch.zeros(E))
 
     @classmethod
     def _settings(cls, state: dict[str, Tensor]) -> dict:
@@ -501,7 +616,6 @@ class GeneralSAE(MatrixDictionary):
     b_enc: nn.Parameter
     b_dec: nn.Parameter
     pre_bias: Any  # these are a parameter or None
-    W_skip: Any
     threshold: Any
     rank: Any
     b_gate: Any
@@ -531,8 +645,11 @@ class GeneralSAE(MatrixDictionary):
 
     @property
     def needs_input(self) -> bool:
-        """Whether `decode` needs the activations that were encoded."""
         return self.W_skip is not None or (self.normalize != "none" and self.undo)
+
+    @property
+    def subtracted_D(self) -> Tensor | None:
+        return self.pre_bias
 
     def _moments(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """What a token is lessened by and divided by, both B1."""
@@ -578,20 +695,10 @@ class GeneralSAE(MatrixDictionary):
     def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
         """x_hat_BE; ValueError without the activations that were encoded, where `needs_input`."""
         y_BE = f_BF @ self.W_dec + self.b_dec
-        if not self.needs_input:
-            return y_BE
-        if x_BD is None:
-            raise ValueError("this SAE decodes with what it encoded: call decode(f, x).")
-        x_BD = self.like_weights(x_BD)
         if self.normalize != "none" and self.undo:
-            mean_B1, scale_B1 = self._moments(x_BD)
+            mean_B1, scale_B1 = self._moments(self.like_weights(self._given(x_BD)))
             y_BE = y_BE * scale_B1 + mean_B1
-        return y_BE if self.W_skip is None else y_BE + x_BD @ self.W_skip
-
-    def forward(self, x_BD: Tensor, output_features: bool = False):
-        f_BF = self.encode(x_BD)
-        y_BE = self.decode(f_BF, x_BD)
-        return (y_BE, f_BF) if output_features else y_BE
+        return self._with_skip(y_BE, x_BD)
 
     @torch.no_grad()
     def scale_biases(self, scale: float) -> None:
@@ -750,7 +857,7 @@ class IdentityDict(Dictionary):
     def encode(self, x_BD: Tensor) -> Tensor:
         return x_BD
 
-    def decode(self, f_BF: Tensor) -> Tensor:
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
         return f_BF
 
 

@@ -1,13 +1,15 @@
-"""Any causal language model of transformers: load it, cut it short, read its residual stream and write into it.
+"""Any causal language model of transformers: load it, cut it short, read its activations and write into them.
 
-B texts, L positions, V vocabulary, D activation_dim. A layer's activations are the output of its block, the residual
-stream after it. Layers are found by what they are (the decoder's list of blocks), never by the model's name, and one
-short pass on loading makes sure of what reading and writing them takes for granted.
+B texts, L positions, V vocabulary, D activation_dim, W the width of a place. A layer's activations are the output of
+its block, the residual stream after it; its other places are found by `sites`. Layers are found by what they are (the
+decoder's list of blocks), never by the model's name, and one short pass on loading makes sure of what reading and
+writing them takes for granted.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,19 @@ from .pretrained import Pretrained, one_sentence
 from .pretrained import model_identity as model_identity
 from .pretrained import needs_extra as needs_extra
 from .pretrained import same_model as same_model
+from .sites import (
+    SITES,
+    Anatomy,
+    Place,
+    Point,
+    attach,
+    in_order,
+    point_of_module,
+    stream_of,
+    tap_of,
+    with_stream,
+    words_of,
+)
 from .tokenizer import as_ids, check_token_ids, text_marks, tokenizer_of
 from .tokenizer import generation_eos_ids as generation_eos_ids
 from .tokenizer import load_tokenizer as load_tokenizer
@@ -293,16 +308,6 @@ class _Stop(Exception):
     """Ends a forward pass at the deepest layer that was asked for."""
 
 
-def _stream(output: Any) -> Any:
-    """The residual stream of a block's output, which is that or has it in front."""
-    return output[0] if type(output) in (tuple, list) and len(output) else output
-
-
-def _with_stream(output: Any, x_BLD: Tensor) -> Any:
-    """A block's output with another residual stream, in the same container."""
-    return type(output)((x_BLD, *output[1:])) if type(output) in (tuple, list) else x_BLD
-
-
 def _is(value: Any, x_BLD: Tensor) -> bool:
     """Whether a block that is given `value` reads the stream x_BLD, or a multiple: RWKV halves it every few blocks."""
     if value is x_BLD or not (isinstance(value, Tensor) and value.shape == x_BLD.shape):
@@ -332,7 +337,8 @@ class LanguageModel:
     ):
         self.model, self.tokenizer, self.name, self.last_layer = model.eval(), tokenizer, name, last_layer
         with one_sentence(name):
-            self.layers: nn.ModuleList = model.get_submodule(layers_path or _layers_path(model))
+            self._layers_path = layers_path or _layers_path(model)
+            self.layers: nn.ModuleList = model.get_submodule(self._layers_path)
         self.n_layers: int = n_layers or len(self.layers)
         eos_ids = as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
         self.bos_id, self.separator_id, self.pad_id = text_marks(tokenizer, eos_ids)
@@ -340,6 +346,8 @@ class LanguageModel:
         # of a cut model there is no more than the decoder
         self._forward = model if last_layer is None else _decoder(model)
         self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
+        self._points: dict[Place, Point] = {}
+        self._anatomies: dict[int, Anatomy] = {}
         with one_sentence(name):
             self.activation_dim: int = _width(model)
             self._outputs = self._probe()  # what each block returns; of those that text does not run, nothing
@@ -369,15 +377,19 @@ class LanguageModel:
         special |= {self.bos_id, self.separator_id, self.pad_id, *getattr(self.tokenizer, "all_special_ids", ())}
         return torch.tensor([i for i in range(self._n_embeddings) if i not in special])
 
-    @torch.no_grad()
-    def _probe(self) -> dict[int, Any]:
-        """{layer: what its block returns} for two texts that differ in their last token alone.
-
-        Raises ValueError where that is not what reading and overwriting the residual stream takes.
-        """
+    def _probe_inputs(self) -> dict[str, Any]:
+        """Two texts of three tokens that differ in their last token alone."""
         ids = self._ordinary_ids()
         tokens_BL = ids[[len(ids) // 2, len(ids) // 3, 0]].repeat(2, 1)
         tokens_BL[1, 2] = ids[-1]
+        return self._inputs(tokens_BL, torch.ones_like(tokens_BL))
+
+    @torch.no_grad()
+    def _probe(self) -> dict[int, Any]:
+        """{layer: what its block returns} for the two texts of the probe.
+
+        Raises ValueError where that is not what reading and overwriting the residual stream takes.
+        """
         outputs: dict[int, Any] = {}
 
         def enter(layer: int):
@@ -388,14 +400,14 @@ class LanguageModel:
                         f"its blocks do not run once and in order, layer {layer} runs after layer {before}"
                     )
                 given = (*args, *kwargs.values())
-                if outputs and not any(_is(value, _stream(outputs[before])) for value in given):
+                if outputs and not any(_is(value, stream_of(outputs[before])) for value in given):
                     raise ValueError(f"its layer {layer} does not read what layer {before} returns")
 
             return check
 
         def leave(layer: int):
             def keep(_block, _args, output) -> None:
-                x = _stream(output)
+                x = stream_of(output)
                 if not isinstance(x, Tensor):
                     raise ValueError(f"its layer {layer} returns no residual stream but a {type(x).__name__}")
                 if x.shape != (2, 3, self.activation_dim):
@@ -411,13 +423,13 @@ class LanguageModel:
             for layer, block in enumerate(self.layers):
                 stack.callback(block.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(leave(layer)).remove)
-            output = self._forward(**self._inputs(tokens_BL, torch.ones_like(tokens_BL)))
+            output = self._forward(**self._probe_inputs())
             if self.last_layer is None and output.logits.shape[:2] != (2, 3):
                 raise ValueError(f"its logits are {list(output.logits.shape)} for 2 texts of 3 tokens")
         if not outputs:
             raise ValueError("text runs none of its layers")
         for layer, output in outputs.items():
-            x_BLD = _stream(output)[:, :2].float()
+            x_BLD = stream_of(output)[:, :2].float()
             changed = (x_BLD[0] - x_BLD[1]).norm(dim=-1) / x_BLD[0].norm(dim=-1)
             if changed.max() > max(1e-5, 4 * torch.finfo(self.dtype).eps):
                 what = f"a token changes what layer {layer} computes for the tokens before it"
@@ -433,64 +445,114 @@ class LanguageModel:
             if layer not in self._outputs:
                 raise ValueError(f"text does not run layer {layer} of {self.name}, only layers {sorted(self._outputs)}")
 
-    @contextmanager
-    def _captured(self, layers: Iterable[int], stop: bool = False) -> Iterator[dict[int, Tensor]]:
-        """Collects each layer's activations while the model runs; with stop, ends the run after the deepest."""
-        layers = sorted(set(layers))
-        self._check_layers(layers)
-        x_by_layer: dict[int, Tensor] = {}
+    def point(self, place: Place) -> Point:
+        """Where the activations of a place pass by; ValueError where the model has no such place."""
+        layer, site = tap_of(place)
+        self._check_layers([layer])
+        if isinstance(place, int):
+            return Point(self.layers[layer], "output", self.activation_dim)
+        if place not in self._points:
+            with torch.no_grad(), one_sentence(self.name, doing=f"read {words_of(place)} of"):
+                self._points[place] = self._found(layer, site)
+        return self._points[place]
 
-        def hook(layer: int):
-            def keep(_block, _args, output) -> None:
-                x_by_layer[layer] = _stream(output)
-                if stop and layer == layers[-1]:
+    def _found(self, layer: int, site: str) -> Point:
+        run, n_tokens = partial(self._run_to, layer), self._probe_inputs()["input_ids"].numel()
+        if site not in SITES:
+            return point_of_module(self.model, site, layer, run, n_tokens)
+        if layer not in self._anatomies:
+            path = f"{self._layers_path}.{{layer}}"
+            self._anatomies[layer] = Anatomy(self.layers[layer], run, 2, n_tokens, path)
+        return self._anatomies[layer].point(site)
+
+    def width(self, place: Place) -> int:
+        """W: of the residual stream activation_dim, elsewhere its own."""
+        return self.point(place).width
+
+    def _run_to(self, layer: int) -> None:
+        """Run the probe through the block."""
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        # hooks run in the order of their registration, so this one comes after those that look at the block
+        with ExitStack() as stack, suppress(_Stop):
+            stack.callback(self.layers[layer].register_forward_hook(stop).remove)
+            self._forward(**self._probe_inputs())
+
+    @contextmanager
+    def _captured(self, places: Iterable[Place], stop: bool = False) -> Iterator[dict[Place, Tensor]]:
+        """Collects each place's activations while the model runs; with stop, ends the run after the deepest."""
+        points = {place: self.point(place) for place in in_order(places)}
+        x_by_place: dict[Place, Tensor] = {}
+
+        def keep(place: Place) -> Callable[[Tensor], None]:
+            def act(x: Tensor) -> None:
+                # inside a block a tensor may be added to in place
+                x_by_place[place] = x if isinstance(place, int) else x.clone()
+                if stop and len(x_by_place) == len(points):
                     raise _Stop
 
-            return keep
+            return act
 
         with ExitStack() as stack:
-            for layer in layers:
-                stack.callback(self.layers[layer].register_forward_hook(hook(layer)).remove)
-            yield x_by_layer
+            for place, point in points.items():
+                stack.callback(attach(point, keep(place)))
+            yield x_by_place
 
     @torch.no_grad()
-    def activations(self, tokens_BL: Tensor, mask_BL: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """{layer: x_BLD}, the residual stream after each asked block, from one pass that ends at the deepest."""
-        with self._captured(layers, stop=True) as x_by_layer, suppress(_Stop):
+    def activations(self, tokens_BL: Tensor, mask_BL: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]:
+        """{place: x_BLW} of all asked places, from one pass that ends at the deepest."""
+        with self._captured(places, stop=True) as x_by_place, suppress(_Stop):
             self._forward(**self._inputs(tokens_BL, mask_BL))
-        return x_by_layer
+        return _by_text(x_by_place, tokens_BL)
 
     @torch.no_grad()
-    def run(self, tokens_BL: Tensor, mask_BL: Tensor, layers: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """(logits_BLV, {layer: x_BLD}) of the whole model, in one pass."""
+    def run(
+        self, tokens_BL: Tensor, mask_BL: Tensor, places: Iterable[Place] = ()
+    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        """(logits_BLV, {place: x_BLW}) of the whole model, in one pass."""
         assert self.last_layer is None, "the model was loaded without its upper layers"
-        with self._captured(layers) as x_by_layer:
+        with self._captured(places) as x_by_place:
             logits_BLV = self.model(**self._inputs(tokens_BL, mask_BL)).logits
-        return logits_BLV, x_by_layer
+        return logits_BLV, _by_text(x_by_place, tokens_BL)
 
     @torch.no_grad()
-    def run_from(self, layer: int, x_BLD: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """logits_BLV of the whole model, the output of block `layer` being x_BLD (cast to that block's dtype).
+    def run_from(
+        self, place: Place, x_BLW: Tensor, tokens_BL: Tensor, mask_BL: Tensor, below_BLD: Tensor | None = None
+    ) -> Tensor:
+        """logits_BLV of the whole model with x_BLW (cast to the dtype there) at a place.
 
-        The model's own code runs, so masks, positions, norm and unembedding are its own. Where nothing but x_BLD
-        reaches the upper blocks from the lower ones, those are replaced for the call by ones that do nothing.
+        below_BLD: for a place inside a block, the output of the block before it, so that the lower ones need not run.
+        The model's own code runs, so masks, positions, norm and unembedding are its own. Where nothing but the residual
+        stream reaches the upper blocks from the lower ones, those are replaced for the call by ones that do nothing.
         """
         assert self.last_layer is None, "the model was loaded without its upper layers"
-        self._check_layers([layer])
+        point, layer = self.point(place), tap_of(place).layer
+        inputs = self._inputs(tokens_BL, mask_BL)
+        if isinstance(place, int):
+            return self._spliced(layer, x_BLW, inputs, self._stand_ins_up_to(layer))
+        with ExitStack() as stack:
+            stack.callback(attach(point, lambda _: x_BLW.to(self.device)))
+            stand_ins = self._stand_ins_up_to(layer - 1) if below_BLD is not None else []
+            if below_BLD is None or not stand_ins:
+                return self.model(**inputs).logits
+            return self._spliced(layer - 1, below_BLD, inputs, stand_ins)
+
+    def _stand_ins_up_to(self, layer: int) -> list[Any]:
         if layer not in self._stand_ins:
             self._stand_ins[layer] = self._tried_stand_ins(layer)
-        return self._spliced(layer, x_BLD, self._inputs(tokens_BL, mask_BL), self._stand_ins[layer])
+        return self._stand_ins[layer]
 
     def _spliced(self, layer: int, x_BLD: Tensor, inputs: dict[str, Any], stand_ins: list[Any]) -> Tensor:
         """The logits with x_BLD after block `layer`. Lower blocks run where there are no stand-ins for them."""
-        x_BLD = x_BLD.to(self.device, _stream(self._outputs[layer]).dtype)
+        x_BLD = x_BLD.to(self.device, stream_of(self._outputs[layer]).dtype)
         with ExitStack() as stack:
             if stand_ins:
                 for block, output in zip(self.layers, stand_ins, strict=False):
-                    stack.enter_context(_returning(block, _with_stream(output, x_BLD)))
+                    stack.enter_context(_returning(block, with_stream(output, x_BLD)))
             else:
-                hook = self.layers[layer].register_forward_hook(lambda _b, _a, output: _with_stream(output, x_BLD))
-                stack.callback(hook.remove)
+                stack.callback(attach(self.point(layer), lambda _: x_BLD))
             return self.model(**inputs).logits
 
     def _tried_stand_ins(self, layer: int) -> list[Any]:
@@ -509,6 +571,11 @@ class LanguageModel:
         except Exception:  # whatever the model's code does without what the lower blocks leave behind
             return []
         return stand_ins if torch.equal(logits_BLV, self._spliced(layer, x_BLD, inputs, [])) else []
+
+
+def _by_text(x_by_place: dict[Place, Tensor], tokens_BL: Tensor) -> dict[Place, Tensor]:
+    """(B, L, W) of what some modules have as (B L, W)."""
+    return {place: x if x.ndim == 3 else x.reshape(*tokens_BL.shape, -1) for place, x in x_by_place.items()}
 
 
 @contextmanager

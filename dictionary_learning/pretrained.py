@@ -120,9 +120,10 @@ def needs_extra(package: str, extra: str, what: str) -> None:
 
 
 @contextmanager
-def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
+def one_sentence(name: str, offline: bool = False, doing: str = "load") -> Iterator[None]:
     """Whatever transformers, the Hub or a model's own code raises, as one ValueError that says what to do.
 
+    doing: what cannot be done with the model.
     A want of memory is no fault of the model, and goes on as it is.
     """
     from torch import OutOfMemoryError
@@ -132,7 +133,7 @@ def one_sentence(name: str, offline: bool = False) -> Iterator[None]:
     except (MemoryError, OutOfMemoryError):
         raise
     except Exception as error:  # a model's own code may raise anything
-        raise ValueError(f"cannot load {name!r}: {_why(error, name, offline).rstrip('.')}") from error
+        raise ValueError(f"cannot {doing} {name!r}: {_why(error, name, offline).rstrip('.')}") from error
 
 
 @cache
