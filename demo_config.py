@@ -22,6 +22,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         p_anneal_penalties=[0.006, 0.008, 0.01, 0.015, 0.02, 0.025],
         gated_penalties=[0.012, 0.018, 0.024, 0.04, 0.06, 0.08],
     ),
+    "where in a layer": dict(
+        sites=["resid_post"],
+        transcoder=None,
+        site_in=None,
+        site_out=None,
+        skip=False,
+    ),
     "schedules, in steps; scaled down where a run is too short for them": dict(
         warmup_steps=1000,
         sparsity_warmup_steps=5000,

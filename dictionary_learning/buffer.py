@@ -2,7 +2,7 @@
 
     text, in shards -> ActivationSource: LLM, mask, exchange between ranks -> ActivationBuffer: shuffling -> SAEs
 
-B texts or rows in a batch, L positions, D activation_dim (0 for a layer that no SAE of this rank reads), C capacity,
+B texts or rows in a batch, L positions, D the width of a place (0 for one that no SAE of this rank reads), C capacity,
 U unread rows, P positions and N rows of one LLM batch, W LLM batches of a wave.
 """
 
@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .data import MARK
+from .sites import Place, by_key, by_place, in_order, key_of, words_of
 from .world import World
 
 NORM_FACTOR_BATCHES = 100  # the norm factor is measured on as many batches as the reference does
@@ -34,14 +35,21 @@ class Mask(NamedTuple):
     """Which positions an SAE is trained and scored on."""
 
     drop_bos: bool = True
-    norm_bound: float | None = None  # of its layer: a position of larger norm is an outlier; None: no such rule
+    norm_bound: float | None = None  # of what it reads: a position of larger norm is an outlier; None: no such rule
+    norm_bound_out: float | None = None  # of what a transcoder predicts
 
     @classmethod
     def of(cls, buffer_config: Mapping[str, Any]) -> "Mask":
         """The mask of an SAE's training, as the "buffer" of its config.json tells; without one, bos alone is out."""
-        median = buffer_config.get("median_norm")
-        bound = median * buffer_config["max_norm_multiple"] if median else None
-        return cls(buffer_config.get("mask", True), bound)
+        medians = (buffer_config.get(name) for name in ("median_norm", "median_norm_out"))
+        bounds = (median * buffer_config["max_norm_multiple"] if median else None for median in medians)
+        return cls(buffer_config.get("mask", True), *bounds)
+
+    def bounds(self, place: Place, place_out: Place | None = None) -> dict[Place, float] | None:
+        """What `position_mask` takes, of an SAE that reads a place and predicts another if it is a transcoder."""
+        both = {place: self.norm_bound} | ({} if place_out in (None, place) else {place_out: self.norm_bound_out})
+        known = {place: bound for place, bound in both.items() if bound is not None}
+        return {place: known.get(place, math.inf) for place in both} if known else None
 
 
 def inner_positions(mask_BL: Tensor, drop_bos: bool = True) -> Tensor:
@@ -51,8 +59,8 @@ def inner_positions(mask_BL: Tensor, drop_bos: bool = True) -> Tensor:
 
 def position_mask(
     mask_BL: Tensor,
-    x_by_layer: dict[int, Tensor],
-    norm_bound: dict[int, float] | None = None,
+    x_by_layer: dict[Place, Tensor],
+    norm_bound: dict[Place, float] | None = None,
     drop_bos: bool = True,
 ) -> tuple[Tensor, dict[str, int]]:
     """The positions that SAEs are trained and scored on, the same in the norm estimate, training and metrics.
@@ -109,7 +117,7 @@ class Positions(NamedTuple):
     bos, padding: how many are left out already.
     """
 
-    x_by_layer: dict[int, Tensor]  # {layer: x_PD}
+    x_by_layer: dict[Place, Tensor]  # {layer: x_PD}
     mask_P: Tensor
     n_texts: int
     length: int
@@ -121,7 +129,7 @@ class Positions(NamedTuple):
 class Wave:
     """LLM batches that the ranks run at the same time: {layer: x_ND} of each, there after `arrived()`."""
 
-    batches: list[dict[int, Tensor]]
+    batches: list[dict[Place, Tensor]]
     n_rows: int
     arrived: Callable[[], None]
 
@@ -155,8 +163,8 @@ class ActivationSource:
         self,
         shards: Sequence[Any],
         lm: Any,
-        layers: Sequence[int],
-        readers: Mapping[int, Sequence[int]],
+        layers: Sequence[Place],
+        readers: Mapping[Place, Sequence[int]],
         world: World,
         *,
         device: torch.device,
@@ -170,26 +178,26 @@ class ActivationSource:
         self.seconds = {"text": 0.0, "llm": 0.0} | ({"exchange": 0.0} if world.size > 1 else {})
         self.llm_batch_halvings = 0
         self.llm_batch_size = self.context_length = 0  # the largest seen
-        self.median_norms: dict[int, float] = {}
+        self.median_norms: dict[Place, float] = {}
         self._warned = False
         self._turn = 0
         self._ended = [False] * len(shards)
         self._put_back: dict[int, tuple[Any, Any]] = {}  # {shard: (a batch to be taken again, the state before it)}
         self._under_way: Wave | None = None
 
-    def width(self, layer: int) -> int:
+    def width(self, layer: Place) -> int:
         """D of the rows that this rank gets."""
-        return self.lm.activation_dim if self.world.rank in self.readers[layer] else 0
+        return self.lm.width(layer) if self.world.rank in self.readers[layer] else 0
 
     @property
     def text_is_left(self) -> bool:
         """Whether there may be more to read: false when all shards are known to have ended."""
         return self._under_way is not None or not all(self._ended)
 
-    def norm_bound(self) -> dict[int, float] | None:
+    def norm_bound(self) -> dict[Place, float] | None:
         return {layer: self.max_norm_multiple * median for layer, median in self.median_norms.items()} or None
 
-    def read(self, n_rows: int) -> list[dict[int, Tensor]]:
+    def read(self, n_rows: int) -> list[dict[Place, Tensor]]:
         """The next batches: as many as `n_rows` rows surely need, at least one; none at the end of the text.
 
         Raises ConnectionError on all ranks where the text of one cannot be reached; nothing is lost.
@@ -201,12 +209,12 @@ class ActivationSource:
         self._under_way = self._start(missing) if goes_on else None
         return self._arrived(wave)
 
-    def drain(self) -> list[dict[int, Tensor]]:
+    def drain(self) -> list[dict[Place, Tensor]]:
         """The batches that are under way because the wave after them failed."""
         wave, self._under_way = self._under_way, None
         return [] if wave is None else self._arrived(wave)
 
-    def _arrived(self, wave: Wave) -> list[dict[int, Tensor]]:
+    def _arrived(self, wave: Wave) -> list[dict[Place, Tensor]]:
         start = perf_counter()
         wave.arrived()
         if self.world.size > 1:
@@ -231,7 +239,7 @@ class ActivationSource:
         turns, me = self._next_turns(n_rows), self.world.rank
         reports_W = torch.zeros(len(turns), len(self._REPORT) + len(self.layers), dtype=torch.float64)
         taken: dict[int, tuple[Any, Any]] = {}
-        made: dict[int, dict[int, Tensor]] = {}
+        made: dict[int, dict[Place, Tensor]] = {}
         failure: ConnectionError | None = None
         for report, s in zip(reports_W, turns, strict=True):
             if self._runner(s) == me and failure is None:
@@ -306,7 +314,7 @@ class ActivationSource:
         self.seconds["text"] += perf_counter() - start
         return batch, state
 
-    def _run(self, shard: int, batch: Any) -> tuple[dict[int, Tensor], list[float]]:
+    def _run(self, shard: int, batch: Any) -> tuple[dict[Place, Tensor], list[float]]:
         """{layer: x_ND} of the unmasked positions of a batch of a shard, and the report about it."""
         start = perf_counter()
         x_by_layer, mask_P, *about = self._positions(shard, batch)
@@ -332,7 +340,7 @@ class ActivationSource:
         flat = {k: rearrange(x_BLD, "b l d -> (b l) d").to(self.lm.device) for k, x_BLD in x_by_layer.items()}
         return Positions(flat, mask_BL.flatten(), *tokens_BL.shape)
 
-    def _medians(self, mask_P: Tensor, x_by_layer: dict[int, Tensor]) -> dict[int, float]:
+    def _medians(self, mask_P: Tensor, x_by_layer: dict[Place, Tensor]) -> dict[Place, float]:
         """{layer: median norm} over the positions that are text and finite; empty where there are none."""
         keep_P, _ = position_mask(mask_P, x_by_layer)
         if not keep_P.any():
@@ -341,11 +349,12 @@ class ActivationSource:
         for layer, median in medians.items():
             if median == 0:
                 raise ValueError(
-                    f"most activations of layer {layer} of {self.lm.name} are 0 in {self.lm.dtype}: try another dtype"
+                    f"most activations of {words_of(layer)} of {self.lm.name} are 0 in {self.lm.dtype}: "
+                    "try another dtype"
                 )
         return medians
 
-    def _activations(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[int, Tensor]:
+    def _activations(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[Place, Tensor]:
         """{layer: x_BLD} of a batch of text, run in halves where the device has no memory for all of it at once."""
         while True:
             n_parts = min(2**self.llm_batch_halvings, len(tokens_BL))
@@ -371,12 +380,14 @@ class ActivationSource:
         }
         if self.world.rank == 0:
             state["source"] = deepcopy({name: getattr(self, name) for name in self._PLAIN_STATE})
+            state["source"]["median_norms"] = by_key(self.median_norms)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], new_text: bool = False) -> None:
         seconds = self.seconds
         for name in self._PLAIN_STATE:
             setattr(self, name, deepcopy(state["source"][name]))
+        self.median_norms = by_place(self.median_norms, self.layers)
         self.counts = {name: self.counts.get(name, 0) for name in self.COUNTS}  # of an older state too
         self.seconds = {name: self.seconds.get(name, 0.0) for name in seconds}
         self._put_back.clear()
@@ -410,7 +421,7 @@ class ActivationBuffer:
         self,
         batches: Any,
         lm: Any,
-        layers: Iterable[int],
+        layers: Iterable[Place],
         *,
         n_tokens: int,
         out_batch_size: int,
@@ -419,12 +430,12 @@ class ActivationBuffer:
         mask: bool = True,
         max_norm_multiple: float = 10.0,
         world: World | None = None,
-        readers: Mapping[int, Sequence[int]] | None = None,
+        readers: Mapping[Place, Sequence[int]] | None = None,
         source: type[ActivationSource] = ActivationSource,
     ):
         if n_tokens < out_batch_size:
             raise ValueError(f"a buffer of {n_tokens} tokens is smaller than a batch of {out_batch_size}: enlarge it")
-        self.lm, self.layers, self.world = lm, sorted(set(layers)), world or World()
+        self.lm, self.layers, self.world = lm, in_order(layers), world or World()
         self.n_tokens, self.out_batch_size = n_tokens, out_batch_size
         self.device = torch.device(lm.device if device is None else device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -438,9 +449,9 @@ class ActivationBuffer:
             mask=mask,
             max_norm_multiple=max_norm_multiple,
         )
-        self._norm_factors: dict[int, float] = {}
-        self._spreads: dict[int, float] = {}
-        self._means: dict[int, Tensor] = {}
+        self._norm_factors: dict[Place, float] = {}
+        self._spreads: dict[Place, float] = {}
+        self._means: dict[Place, Tensor] = {}
 
         # rows order_C[cursor:] are unread, and read in this order; rows order_C[:cursor] are free
         self._rows_CD = {
@@ -449,13 +460,13 @@ class ActivationBuffer:
         }
         self._order_C = torch.arange(n_tokens, device=self.device)
         self._cursor = n_tokens
-        self._surplus: deque[dict[int, Tensor]] = deque()  # {layer: x_ND}, read and not yet written
+        self._surplus: deque[dict[Place, Tensor]] = deque()  # {layer: x_ND}, read and not yet written
         self._filling = False  # stays true where an error of the text cut a fill short: the next one completes it
 
     def __iter__(self) -> "ActivationBuffer":
         return self
 
-    def __next__(self) -> dict[int, Tensor]:
+    def __next__(self) -> dict[Place, Tensor]:
         self._fill_first()
         if self._filling or (self.source.text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens):
             self._fill()
@@ -480,36 +491,36 @@ class ActivationBuffer:
         return self.source.llm_batch_halvings
 
     @property
-    def norm_factors(self) -> dict[int, float]:
+    def norm_factors(self) -> dict[Place, float]:
         """{layer: sqrt(mean of |x|^2)} over the first 100 batches in the first fill, or all of it; fp32."""
         self._fill_first()
         return self._norm_factors
 
     @property
-    def means(self) -> dict[int, Tensor]:
+    def means(self) -> dict[Place, Tensor]:
         """{layer: mean_D} over the same batches; fp32, on the CPU, of all layers on every rank."""
         self._fill_first()
         return self._means
 
     @property
-    def spreads(self) -> dict[int, float]:
+    def spreads(self) -> dict[Place, float]:
         """{layer: sqrt(mean of |x - mean|^2)} over the same batches."""
         self._fill_first()
         return self._spreads
 
     @property
-    def mean_to_std(self) -> dict[int, float]:
+    def mean_to_std(self) -> dict[Place, float]:
         """{layer: |mean| / spread}: how far from the origin activations lie, against how far from each other."""
         return {layer: mean_D.norm().item() / (self.spreads[layer] or 1.0) for layer, mean_D in self.means.items()}
 
     @property
-    def median_norms(self) -> dict[int, float]:
+    def median_norms(self) -> dict[Place, float]:
         """{layer: median norm} over the first LLM batch without bos and padding; empty with mask=False."""
         self._fill_first()
         return self.source.median_norms
 
     @property
-    def norm_bound(self) -> dict[int, float] | None:
+    def norm_bound(self) -> dict[Place, float] | None:
         """What `position_mask` takes: {layer: largest norm}, None with mask=False."""
         self._fill_first()
         return self.source.norm_bound()
@@ -526,7 +537,8 @@ class ActivationBuffer:
             )
         first = self._order_C[self._cursor :][: NORM_FACTOR_BATCHES * self.out_batch_size].split(self.out_batch_size)
         n_rows = sum(map(len, first))
-        moments = torch.zeros(len(self.layers), 2 + self.lm.activation_dim, dtype=torch.float64)
+        widths = [self.lm.width(layer) for layer in self.layers]
+        moments = torch.zeros(len(self.layers), 2 + max(widths), dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             if self._speaks_for(layer):
                 x_CD = self._rows_CD[layer]
@@ -536,14 +548,15 @@ class ActivationBuffer:
                 centred = [_norms(x_CD.index_select(0, rows_B) - mean_D.to(x_CD.device)).cpu() for rows_B in first]
                 for j, part in enumerate((norms, centred)):
                     moments[i, j] = torch.cat(part).double().square().mean().sqrt()
-                moments[i, 2:] = mean_D
+                moments[i, 2 : 2 + widths[i]] = mean_D
         moments = self.world.sum_(moments)
         factors, spreads = moments[:, :2].T.tolist()
         self._norm_factors = dict(zip(self.layers, factors, strict=True))
         self._spreads = dict(zip(self.layers, spreads, strict=True))
-        self._means = dict(zip(self.layers, moments[:, 2:].float(), strict=True))
+        means = [moments[i, 2 : 2 + width].float() for i, width in enumerate(widths)]
+        self._means = dict(zip(self.layers, means, strict=True))
 
-    def _speaks_for(self, layer: int) -> bool:
+    def _speaks_for(self, layer: Place) -> bool:
         """Whether, of the ranks that read a layer and all have the same rows of it, this one says what they are."""
         return self.world.rank == min(self.source.readers[layer])
 
@@ -576,14 +589,21 @@ class ActivationBuffer:
             self._order_C[self._cursor :] = unread_U[order_U]
         self._filling = False
 
-    def config(self, layer: int) -> dict[str, Any]:
-        """What the "buffer" of a layer's config.json records, as plain JSON values."""
+    def config(self, layer: Place, layer_out: Place | None = None) -> dict[str, Any]:
+        """What the "buffer" of a config.json records of an SAE that reads a place, as plain JSON values.
+
+        layer_out: what it predicts, of a transcoder.
+        """
         assert layer in self.layers
         self._fill_first()
-        source = self.source
+        source, about_target = self.source, {}
+        if layer_out not in (None, layer):
+            about_target["hf_hook_name_out"] = self.lm.hook_name(layer_out)
+            about_target["median_norm_out"] = source.median_norms.get(layer_out)
         return {
-            "d_submodule": self.lm.activation_dim,
-            "io": "out",
+            "d_submodule": self.lm.width(layer),
+            "io": "out" if layer_out in (None, layer) else "in_and_out",
+            "hf_hook_name": self.lm.hook_name(layer),
             "n_ctxs": self.n_tokens // source.context_length,
             "ctx_len": source.context_length,
             "refresh_batch_size": source.llm_batch_size,
@@ -592,6 +612,7 @@ class ActivationBuffer:
             "mask": source.mask,
             "max_norm_multiple": source.max_norm_multiple if source.mask else None,
             "median_norm": source.median_norms.get(layer),
+            **about_target,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -606,7 +627,7 @@ class ActivationBuffer:
         unread = self._order_C[self._cursor :].split(self.out_batch_size)
         for layer, x_CD in self._rows_CD.items():
             if self._speaks_for(layer):
-                state[f"rows.{layer}"] = {
+                state[f"rows.{key_of(layer)}"] = {
                     "unread_UD": torch.cat([x_CD.index_select(0, rows_B).cpu() for rows_B in unread]),
                     "surplus_ND": [x_by_layer[layer].to("cpu", copy=True) for x_by_layer in self._surplus],
                 }
@@ -615,9 +636,9 @@ class ActivationBuffer:
                 "n_unread": self.n_tokens - self._cursor,
                 "n_surplus": [len(x_by_layer[self.layers[0]]) for x_by_layer in self._surplus],
                 "generator": self.generator.get_state(),
-                "norm_factors": dict(self._norm_factors),
-                "spreads": dict(self._spreads),
-                "means": {layer: mean_D.clone() for layer, mean_D in self._means.items()},
+                "norm_factors": by_key(self._norm_factors),
+                "spreads": by_key(self._spreads),
+                "means": by_key({layer: mean_D.clone() for layer, mean_D in self._means.items()}),
                 "filling": self._filling,
             }
         return state
@@ -635,11 +656,12 @@ class ActivationBuffer:
         for layer, x_CD in self._rows_CD.items():
             surplus = [x_CD.new_empty(n, 0) for n in plain["n_surplus"]]
             if self.source.width(layer):
-                rows = state[f"rows.{layer}"]
+                rows = state[f"rows.{key_of(layer)}"]
                 x_CD[self._cursor :] = rows["unread_UD"].to(self.device)
                 surplus = [x_ND.to(self.device) for x_ND in rows["surplus_ND"]]
             for x_by_layer, x_ND in zip(self._surplus, surplus, strict=True):
                 x_by_layer[layer] = x_ND
         self.generator.set_state(plain["generator"])
-        self._norm_factors, self._filling = dict(plain["norm_factors"]), plain["filling"]
-        self._spreads, self._means = dict(plain.get("spreads", {})), dict(plain.get("means", {}))  # none in older ones
+        self._filling = plain["filling"]
+        self._norm_factors = by_place(plain["norm_factors"], self.layers)
+        self._spreads, self._means = (by_place(plain.get(name, {}), self.layers) for name in ("spreads", "means"))

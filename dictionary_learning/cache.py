@@ -1,17 +1,18 @@
 """Activations on disk: what the language model computed, written once and read by any later run.
 
-    FOLDER/index.json           what they are of: the model and its layers, the text, the mask
+    FOLDER/index.json           what they are of: the model and its places, the text, the mask
     FOLDER/text_{s}/index.json  shard s of the text: its files, with checksums, and the LLM batches in them
-    FOLDER/text_{s}/{first}_{n}.safetensors   n LLM batches, "layer_{L}": x_PD
+    FOLDER/text_{s}/{first}_{n}.safetensors   n LLM batches, "layer_{L}": x_PD; as "layer_mlp_out_layer_{L}"
+                                              what is of another site than the output of a block
 
 Padding is left out, and so are the marks between the texts where the mask leaves these out. Which positions are
-outliers depends on the layers that are read, so those are kept, and masked on reading as they are behind the model:
-SAEs trained on any of the layers get the bits of a run that reads the text.
+outliers depends on the places that are read, so those are kept, and masked on reading as they are behind the model:
+SAEs trained on any of the places get the bits of a run that reads the text.
 
 A file gets its name when all of it is on the disk, and counts when the index names it. So a kill loses at most what was
 not in a file yet, and the text goes on behind the last batch that is.
 
-P positions of one LLM batch, or of all in a file; D activation_dim.
+P positions of one LLM batch, or of all in a file; D the width of a place.
 """
 
 import warnings
@@ -30,6 +31,7 @@ from torch import Tensor
 from .buffer import ActivationSource, Positions, inner_positions
 from .files import read_json, size_and_sum, write_atomic, write_json
 from .pretrained import same_model
+from .sites import RESID_POST, Place, key_of, name_of, place_at
 
 INDEX = "index.json"
 FILE_BYTES = 2**26  # a file ends with the LLM batch that reaches this size
@@ -71,7 +73,13 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     index = read_json(path)
     if index.get("version") != VERSION or not {"settings", "layers", "activation_dim", "model"} <= index.keys():
         raise ValueError(f"{path} is not the index of activations that this version can read.")
+    index.setdefault("places", [[layer, RESID_POST, index["activation_dim"]] for layer in index["layers"]])
     return index
+
+
+def widths(folder: str | Path) -> dict[Place, int]:
+    """The places that a cache holds, and the width of each."""
+    return {place_at(layer, site): width for layer, site, width in read_index(folder)["places"]}
 
 
 def begin(folder: str | Path, content: Mapping[str, Any]) -> None:
@@ -130,9 +138,16 @@ class CachedModel:
     """What a buffer asks of a language model, where the activations are on the disk."""
 
     name: str
-    activation_dim: int
+    widths: Mapping[Place, int]
+    hook_names: Mapping[str, str]  # by the name of the place
     dtype: torch.dtype
     device: torch.device
+
+    def width(self, place: Place) -> int:
+        return self.widths[place]
+
+    def hook_name(self, place: Place) -> str | None:
+        return self.hook_names.get(name_of(place))
 
 
 class CachedText:
@@ -144,7 +159,7 @@ class CachedText:
     With a text, files that are damaged are written again, with all after them.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[int], text: Any = None, epochs: int = 1):
+    def __init__(self, folder: Path, layers: Sequence[Place], text: Any = None, epochs: int = 1):
         self.folder, self.layers, self.text = folder, layers, text
         self.epochs = 1 if text is not None else epochs
         self._entries = _entries(folder)
@@ -152,7 +167,7 @@ class CachedText:
         self._next = 0
         self._ahead: tuple[int, Future] | None = None
         self._reader: ThreadPoolExecutor | None = None
-        self._current: tuple[int, dict[int, Tensor]] = (-1, {})
+        self._current: tuple[int, dict[Place, Tensor]] = (-1, {})
         if text is not None:
             self._drop_damaged()
             if self._entries and not self._entries[-1]["full"]:
@@ -226,7 +241,7 @@ class CachedText:
         x_by_layer = {layer: x_PD[first : first + P] for layer, x_PD in self._file(k).items()}
         return Positions(x_by_layer, torch.ones(P, dtype=torch.uint8), *about)
 
-    def _file(self, k: int) -> dict[int, Tensor]:
+    def _file(self, k: int) -> dict[Place, Tensor]:
         """{layer: x_PD} of a file, mapped into memory; meanwhile the next one is read."""
         if self._current[0] != k:
             self._reader = self._reader or ThreadPoolExecutor(1, "activations")
@@ -236,7 +251,7 @@ class CachedText:
             self._ahead = None if following == k else (following, self._reader.submit(self._open, following))
         return self._current[1]
 
-    def _open(self, k: int) -> dict[int, Tensor]:
+    def _open(self, k: int) -> dict[Place, Tensor]:
         path = self.folder / self._entries[k]["file"]
         if (damage := _damage(path, self._entries[k])) is not None:  # all of it is read: the map will not wait for it
             raise ValueError(
@@ -244,7 +259,7 @@ class CachedText:
                 "what is damaged is written again."
             )
         with safe_open(path, framework="pt") as file:
-            return {layer: file.get_tensor(f"layer_{layer}") for layer in self.layers}
+            return {layer: file.get_tensor(f"layer_{key_of(layer)}") for layer in self.layers}
 
     # -- writing
 
@@ -280,7 +295,7 @@ class CachedText:
         n_before = sum(len(entry["batches"]) for entry in entries)
         path = self.folder / f"{n_before:08}_{len(self._pending)}.safetensors"
         tensors = {
-            f"layer_{layer}": torch.cat([batch.x_by_layer[layer].cpu() for batch in self._pending])
+            f"layer_{key_of(layer)}": torch.cat([batch.x_by_layer[layer].cpu() for batch in self._pending])
             for layer in self.layers
         }
         write_atomic(path, lambda tmp: save_file(tensors, tmp))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+TRANSCODER = "Transcoder"  # behind the class of an SAE
+
 
 class Dictionary(nn.Module):
     """Base of all SAEs: x_BD -> f_BF by `encode`, f_BF -> x_hat_BD by `decode`.
@@ -29,12 +31,14 @@ class Dictionary(nn.Module):
     encoder_bias: ClassVar[str] = "encoder.bias"
     activation_dim: int
     dict_size: int
+    subtracts_bias: ClassVar[bool] = True  # the output's, before it encodes
     is_transcoder = False
     W_skip: Any  # a parameter or None
 
     def __init__(self):
         super().__init__()
         self.register_parameter("W_skip", None)
+
     encoder: nn.Linear  # where the class has them; others have W_enc and W_dec
     decoder: nn.Linear
 
@@ -54,6 +58,11 @@ class Dictionary(nn.Module):
         return self._output_dim
 
     @property
+    def class_name(self) -> str:
+        """In config.json: another one for transcoders, lest a reader take one for an SAE."""
+        return type(self).__name__ + (TRANSCODER if self.is_transcoder else "")
+
+    @property
     def needs_input(self) -> bool:
         """Whether `decode` needs the activations that were encoded."""
         return self.W_skip is not None
@@ -61,7 +70,7 @@ class Dictionary(nn.Module):
     @property
     def subtracted_D(self) -> Tensor | None:
         """What is taken from x before it is encoded: the output bias, or nothing."""
-        return None if self.is_transcoder else self.get_parameter(self.output_bias)
+        return self.get_parameter(self.output_bias) if self.subtracts_bias and not self.is_transcoder else None
 
     def _centred(self, x_BD: Tensor) -> Tensor:
         x_BD, subtracted_D = self.like_weights(x_BD), self.subtracted_D
@@ -145,7 +154,8 @@ class Dictionary(nn.Module):
             activation_dim = state["encoder.weight"].shape[1]
         target = {"output_dim": output_dim, "skip": "W_skip" in state} if is_transcoder else {}
         with torch.device("meta"):  # nothing is drawn, nothing takes memory
-            sae = cls(activation_dim if target else output_dim, dict_size, **cls._settings(state), **target)
+            sizes = activation_dim if target else output_dim, dict_size
+            sae = cls(*sizes, **cls._settings(state), **target)  # pyright: ignore[reportCallIssue]
         floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         sae.load_state_dict(floats, assign=True)
         return sae
@@ -304,7 +314,7 @@ class AutoEncoderNew(Dictionary):
 
     biases = ("encoder.bias", "decoder.bias")
     output_bias = "decoder.bias"
-    subtracted_D = None
+    subtracts_bias = False
 
     def __init__(
         self,
@@ -785,26 +795,31 @@ class GeneralSAE(MatrixDictionary):
     def simplest(self) -> Dictionary:
         """The class above that computes the same features and outputs with the same tensors, or else itself."""
         subtracts = self.pre_bias is not None and torch.equal(self.pre_bias, self.b_dec)
-        same_place = self.output_dim == self.activation_dim and self.W_skip is None and self.normalize == "none"
-        if not same_place or self.rank is not None or (self.pre_bias is not None and not subtracts):
+        if self.normalize != "none" or self.rank is not None or (self.pre_bias is not None and not subtracts):
             return self
         own = self.state_dict()
-        linears = {"encoder.weight": own["W_enc"].T, "decoder.weight": own["W_dec"].T}
+        is_transcoder = self.output_dim != self.activation_dim or self.W_skip is not None
+        if is_transcoder and subtracts:
+            return self
+        skip = {name: own[name] for name in ("W_skip",) if name in own}
+        linears = {"encoder.weight": own["W_enc"].T, "decoder.weight": own["W_dec"].T, **skip}
         if self.activation == "relu":
             bias = "bias" if subtracts else "decoder.bias"
             state = {**linears, "encoder.bias": own["b_enc"], bias: own["b_dec"]}
-            return (AutoEncoder if subtracts else AutoEncoderNew).from_state(state)
+            return (AutoEncoder if subtracts else AutoEncoderNew).from_state(state, is_transcoder)
         if self.activation == "jump_relu":
-            sae = JumpReluAutoEncoder.from_state({name: own[name] for name in own if name != "pre_bias"})
+            state = {name: own[name] for name in own if name != "pre_bias"}
+            sae = JumpReluAutoEncoder.from_state(state, is_transcoder)
             sae.apply_b_dec_to_input = subtracts
             return sae
-        if self.activation == "gated" and subtracts:
+        if self.activation == "gated" and (subtracts or is_transcoder):
             gates = {"r_mag": own["r_mag"], "gate_bias": own["b_gate"], "mag_bias": own["b_enc"]}
-            return GatedAutoEncoder.from_state({**linears, **gates, "decoder_bias": own["b_dec"]})
-        if self.activation in ("top_k", "batch_top_k") and subtracts:
+            return GatedAutoEncoder.from_state({**linears, **gates, "decoder_bias": own["b_dec"]}, is_transcoder)
+        if self.activation in ("top_k", "batch_top_k") and (subtracts or is_transcoder):
             k = {"k": torch.tensor(self.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
             state = {**linears, **k, "encoder.bias": own["b_enc"], "b_dec": own["b_dec"]}
-            return (AutoEncoderTopK if self.activation == "top_k" else BatchTopKSAE).from_state(state)
+            sae_class = AutoEncoderTopK if self.activation == "top_k" else BatchTopKSAE
+            return sae_class.from_state(state, is_transcoder)
         return self
 
     @torch.no_grad()
@@ -818,7 +833,8 @@ class GeneralSAE(MatrixDictionary):
             tensors["b_enc"] *= rank_F
             tensors["W_dec"] /= torch.where(rank_F > 0, rank_F, 1)[:, None]
         shift_D = tensors.pop("pre_bias", torch.zeros(self.activation_dim))
-        if self.activation in ("gated", "top_k", "batch_top_k") and self.output_dim == self.activation_dim:
+        is_transcoder = self.output_dim != self.activation_dim or self.W_skip is not None
+        if self.activation in ("gated", "top_k", "batch_top_k") and not is_transcoder:
             tensors["pre_bias"] = tensors["b_dec"].clone()
             shift_D = shift_D - tensors["b_dec"]
         if shift_D.any():
@@ -831,12 +847,6 @@ class GeneralSAE(MatrixDictionary):
         if isinstance(sae, GeneralSAE):
             traits = [self.activation.replace("_", "-")]
             traits += [f"{self.normalize} of its input"] if self.normalize != "none" else []
-            traits += ["a skip"] if self.W_skip is not None else []
-            traits += (
-                [f"{self.activation_dim} in and {self.output_dim} out"]
-                if self.output_dim != self.activation_dim
-                else []
-            )
             raise ValueError(f"no class of ours computes it ({', '.join(traits)}).")
         return sae
 

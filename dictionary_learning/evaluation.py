@@ -4,7 +4,7 @@ Every metric is a ratio of float64 sums over all tokens, never a mean of ratios 
 size. Standard errors take contexts as independent, the tokens of one context not.
 
 B contexts in the batch, L positions, P all B L of them, N some, mostly the unmasked, V vocabulary, D activation_dim,
-F dict_size, S samples (contexts), M summed quantities.
+E output_dim (D unless it is a transcoder), F dict_size, S samples (contexts), M summed quantities.
 """
 
 import math
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dictionary_learning.buffer import Mask, nonfinite_sentence, position_mask, too_many_nonfinite
 from dictionary_learning.dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
 from dictionary_learning.model import LanguageModel
+from dictionary_learning.sites import Place, Tap, tap_of
 
 # Tokens an SAE sees at a time. It bounds the N x F tensors, and it is the "batch" of a per-batch top-k: unmasked
 # neighbours of one context, lest the result depend on the evaluation's batch size.
@@ -245,25 +246,28 @@ def all_finite(x: Tensor) -> bool:
 
 
 class Site:
-    """One layer of the model on one batch of text, and the losses that its SAEs are compared with.
+    """A place of the model on one batch of text, and the losses that its SAEs are compared with.
 
     A position is reconstructed where it is unmasked (`keep_BL`), and its prediction scored where a real token follows.
-    Masked positions keep the model's own activation.
+    Masked positions keep the model's own activation. What SAEs read is x_ND, what they reconstruct y_NE: the same, but
+    for transcoders.
     """
 
     def __init__(
         self,
         lm: LanguageModel,
-        layer: int,
+        scope: "Scope",
         text: Text,
-        x_BLD: Tensor,
+        x_by_place: Mapping[Place, Tensor],
         own: Predictions,
         keep_BL: Tensor,
-        mean_D: Tensor,
     ):
-        self.lm, self.layer, self.text = lm, layer, text
-        self.x_BLD, self.own, self.keep_BL = x_BLD, own, keep_BL
-        self.x_ND, self.lengths = x_BLD[keep_BL].float(), keep_BL.sum(1).tolist()
+        self.lm, self.place, self.text = lm, scope.place_out, text
+        self.y_BLE, self.own, self.keep_BL = x_by_place[scope.place_out], own, keep_BL
+        self.below_BLD = x_by_place.get(tap_of(scope.place_out).layer - 1)
+        self.y_NE, self.lengths = self.y_BLE[keep_BL].float(), keep_BL.sum(1).tolist()
+        same = scope.place == scope.place_out
+        self.x_ND = self.y_NE if same else x_by_place[scope.place][keep_BL].float()
         followed_BL = (text[1] > 0).cpu().roll(-1, dims=1)
         followed_BL[:, -1] = False
         self.scored_BL = keep_BL.cpu() & followed_BL
@@ -271,18 +275,18 @@ class Site:
         self.original_S = self._by_context(own.cross_entropy_BL)
         if not self.original_S.isfinite().all():
             raise ValueError(f"the loss of {lm.name} in {lm.dtype} is not finite on this text: try another dtype.")
-        self.zero_S, self.zero_kl_S = self.losses(torch.zeros_like(mean_D))
-        self.mean_S, _ = self.losses(mean_D)
+        self.zero_S, self.zero_kl_S = self.losses(torch.zeros_like(scope.mean_E))
+        self.mean_S, _ = self.losses(scope.mean_E)
 
     def _by_context(self, loss_BL: Tensor) -> Tensor:
         """(S,): the sum in each context that has a scored position."""
         return torch.where(self.scored_BL, loss_BL, 0).sum(1)[self.scored_BL.any(1)]
 
-    def losses(self, x_hat_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy and KL, (S,) sums by context, with x_hat_ND (or one D for all) at the unmasked positions."""
-        x_BLD = self.x_BLD.clone()
-        x_BLD[self.keep_BL] = x_hat_ND.to(x_BLD.dtype)
-        logits_BLV = self.lm.run_from(self.layer, x_BLD, *self.text)
+    def losses(self, x_hat_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy and KL, (S,) sums by context, with x_hat_NE (or one E for all) at the unmasked positions."""
+        y_BLE = self.y_BLE.clone()
+        y_BLE[self.keep_BL] = x_hat_NE.to(y_BLE.dtype)
+        logits_BLV = self.lm.run_from(self.place, y_BLE, *self.text, self.below_BLD)
         cross_entropy_BL, kl_BL = token_losses(logits_BLV, self.own, self.text[0])
         return self._by_context(cross_entropy_BL), self._by_context(kl_BL)
 
@@ -301,7 +305,7 @@ def groups_of(lengths: list[int]) -> list[list[int]]:
 
 
 class Scores:
-    """The sums of one SAE, run in one way: x_ND -> (x_hat_ND, f_NF).
+    """The sums of one SAE, run in one way: x_ND -> (x_hat_NE, f_NF).
 
     apart: what it makes of a token depends on the others, so it is never given those of two contexts.
     """
@@ -313,18 +317,19 @@ class Scores:
     def update(self, site: Site) -> None:
         """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
         groups, x_hats = groups_of(site.lengths), []
-        for lengths, x_ND in zip(groups, site.x_ND.split([sum(lengths) for lengths in groups]), strict=True):
+        sizes = [sum(lengths) for lengths in groups]
+        for lengths, x_ND, y_NE in zip(groups, site.x_ND.split(sizes), site.y_NE.split(sizes), strict=True):
             if self.apart:
                 ran = [self.run(x_nD) for x_nD in x_ND.split(lengths)]
-                x_hat_ND, f_NF = map(torch.cat, zip(*ran, strict=True))
+                x_hat_NE, f_NF = map(torch.cat, zip(*ran, strict=True))
             else:
-                x_hat_ND, f_NF = self.run(x_ND)
-            self.metrics.update(x_ND, x_hat_ND, f_NF, samples=lengths)
-            x_hats.append(x_hat_ND)
-        x_hat_ND = torch.cat(x_hats)
-        if not all_finite(x_hat_ND):
+                x_hat_NE, f_NF = self.run(x_ND)
+            self.metrics.update(y_NE, x_hat_NE, f_NF, samples=lengths)
+            x_hats.append(x_hat_NE)
+        x_hat_NE = torch.cat(x_hats)
+        if not all_finite(x_hat_NE):
             raise ValueError("its reconstruction has values that are not finite.")
-        reconstructed_S, kl_S = site.losses(x_hat_ND)
+        reconstructed_S, kl_S = site.losses(x_hat_NE)
         if not reconstructed_S.isfinite().all():
             raise ValueError("the model's loss is not finite with its reconstruction.")
         self.losses.add(
@@ -363,14 +368,28 @@ class Scores:
 class Subject:
     """An SAE under evaluation: scored as it runs by default and, in the top-k family, by exact top-k; or its error."""
 
-    def __init__(self, sae: Dictionary, layer: int, mask: Mask, lm: LanguageModel):
-        self.sae, self.layer, self.mask = sae.to(lm.device, torch.float32), layer, mask
+    def __init__(self, sae: Dictionary, where: Place | tuple[Place, Place], mask: Mask, lm: LanguageModel):
+        self.sae, self.mask = sae.to(lm.device, torch.float32), mask
+        self.place, self.place_out = (where, where) if isinstance(where, int | Tap) else where
         self.error: str | None = None
         self.ways = self._ways()
-        if not 0 <= layer < lm.n_layers:
-            self.error = f"there is no layer {layer}: model {lm.name} has layers 0 to {lm.n_layers - 1}."
-        elif sae.activation_dim != lm.activation_dim:
-            self.error = f"it takes {sae.activation_dim} dimensions, but the model has {lm.activation_dim}."
+        layers = {tap_of(place).layer for place in (self.place, self.place_out)}
+        if missing := [layer for layer in layers if not 0 <= layer < lm.n_layers]:
+            self.error = f"there is no layer {missing[0]}: model {lm.name} has layers 0 to {lm.n_layers - 1}."
+            return
+        try:
+            widths = lm.width(self.place), lm.width(self.place_out)
+        except ValueError as error:
+            self.error = str(error)
+            return
+        if sae.activation_dim != widths[0]:
+            self.error = f"it takes {sae.activation_dim} dimensions, but the model has {widths[0]}."
+        elif sae.output_dim != widths[1]:
+            self.error = f"it gives {sae.output_dim} dimensions, but the model has {widths[1]}."
+
+    @property
+    def scope(self) -> tuple[Place, Place, Mask]:
+        return self.place, self.place_out, self.mask
 
     def _ways(self) -> list[Scores]:
         sae = self.sae
@@ -383,13 +402,13 @@ class Subject:
 
         def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
             f_NF = sae.encode(x_ND, use_threshold=False)
-            return sae.decode(f_NF), f_NF
+            return sae.decode(f_NF, x_ND), f_NF
 
         of_batch = not isinstance(sae, AutoEncoderTopK)  # whose k are those of a token
         return [Scores(default, apart=of_batch and bool(sae.threshold < 0)), Scores(exact_top_k, apart=of_batch)]
 
     def update(self, site: Site) -> None:
-        """Add a batch of this SAE's layer, unless it has failed; a failure is kept, and stops no other SAE."""
+        """Add a batch of this SAE's place, unless it has failed; a failure is kept, and stops no other SAE."""
         if self.error is None:
             try:
                 for way in self.ways:
@@ -417,29 +436,29 @@ class Subject:
 
 
 class Scope:
-    """The positions of the whole text at which SAEs of one layer with one mask are scored."""
+    """The positions of the whole text at which SAEs of one place with one mask are scored."""
 
-    def __init__(self, lm: LanguageModel, layer: int, mask: Mask):
-        self.lm, self.layer, self.mask = lm, layer, mask
+    def __init__(self, lm: LanguageModel, place: Place, place_out: Place, mask: Mask):
+        self.lm, self.place, self.place_out, self.mask = lm, place, place_out, mask
         self.keep: list[Tensor] = []  # a keep_BL for every batch
         self.positions: Counter[str] = Counter()  # the counts of `position_mask`
-        self._sum_D = torch.zeros(lm.activation_dim, dtype=torch.float64)
+        self._sum_E = torch.zeros(lm.width(place_out), dtype=torch.float64)
 
-    def add(self, text: Text, x_BLD: Tensor) -> None:
-        bound = None if self.mask.norm_bound is None else {self.layer: self.mask.norm_bound}
-        keep_BL, counts = position_mask(text[1], {self.layer: x_BLD}, bound, self.mask.drop_bos)
+    def add(self, text: Text, x_by_place: Mapping[Place, Tensor]) -> None:
+        read = {place: x_by_place[place] for place in (self.place, self.place_out)}
+        keep_BL, counts = position_mask(text[1], read, self.mask.bounds(*read), self.mask.drop_bos)
         self.keep.append(keep_BL)
         self.positions.update(counts)
-        self._sum_D += x_BLD[keep_BL].cpu().double().sum(0)
+        self._sum_E += x_by_place[self.place_out][keep_BL].cpu().double().sum(0)
 
     @property
     def n_kept(self) -> int:
         return self.positions["tokens"] - sum(self.positions[why] for why in ("bos", "nonfinite", "outliers"))
 
     @property
-    def mean_D(self) -> Tensor:
-        """Of the activations at these positions."""
-        return (self._sum_D / self.n_kept).float().to(self.lm.device)
+    def mean_E(self) -> Tensor:
+        """Of what is reconstructed at these positions."""
+        return (self._sum_E / self.n_kept).float().to(self.lm.device)
 
     @property
     def fault(self) -> str | None:
@@ -450,46 +469,48 @@ class Scope:
         return None if self.n_kept else too_little
 
     def same_positions(self, other: "Scope") -> bool:
-        return self.layer == other.layer and all(map(torch.equal, self.keep, other.keep))
+        same = (self.place, self.place_out) == (other.place, other.place_out)
+        return same and all(map(torch.equal, self.keep, other.keep))
 
 
-def _survey(lm: LanguageModel, texts: list[Text], subjects: Iterable[Subject]) -> dict[tuple[int, Mask], Scope]:
+def _survey(lm: LanguageModel, texts: list[Text], subjects: Iterable[Subject]) -> dict[Any, Scope]:
     """A first pass over the text. Raises ValueError where it is of no use to any of the subjects."""
-    scopes = {(s.layer, s.mask): Scope(lm, s.layer, s.mask) for s in subjects if s.error is None}
-    layers = sorted({layer for layer, _ in scopes})
-    for text in texts if layers else ():
-        x_by_layer = lm.activations(*text, layers)
+    scopes = {s.scope: Scope(lm, *s.scope) for s in subjects if s.error is None}
+    places = {place for scope in scopes.values() for place in (scope.place, scope.place_out)}
+    for text in texts if places else ():
+        x_by_place = lm.activations(*text, places)
         for scope in scopes.values():
-            scope.add(text, x_by_layer[scope.layer])
+            scope.add(text, x_by_place)
     faults = [scope.fault for scope in scopes.values()]
     if faults and all(faults):
         raise ValueError(faults[0])
     for subject in subjects:
         if subject.error is None:
-            subject.error = scopes[subject.layer, subject.mask].fault
+            subject.error = scopes[subject.scope].fault
     return scopes
 
 
 @torch.no_grad()
 def evaluate_saes(
     lm: LanguageModel,
-    saes: Sequence[tuple[str, Dictionary, int]],
+    saes: Sequence[tuple[str, Dictionary, Place | tuple[Place, Place]]],
     batches: Iterable[Text],
     *,
     masks: Mapping[str, Mask] | None = None,
     hyperparameters: Results | None = None,
     show_progress: bool = False,
 ) -> dict[str, Evaluation]:
-    """Evaluate SAEs of any layers of one model on the same text, each as if it were alone.
+    """Evaluate SAEs of any places of one model on the same text, each as if it were alone.
 
-    The whole model runs once a batch for all SAEs, and its upper layers twice for each layer (zero and mean ablation),
-    or for each mask where SAEs of a layer have masks that tell positions of this text apart.
+    The whole model runs once a batch for all SAEs, and its upper layers twice for each place (zero and mean ablation),
+    or for each mask where SAEs of a place have masks that tell positions of this text apart.
     Then only the layers above the splice run, once for each SAE and once more for the exact top-k of the top-k family
     (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context). They
     run by themselves: the last bits of a matmul follow the size of its batch, so neighbours in it would be seen.
     The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
 
-    saes: (name, SAE of raw activations, layer); what is returned has these names.
+    saes: (name, SAE of raw activations, its place or, of a transcoder, the place it reads and the one it predicts);
+        what is returned has these names.
     batches: (tokens_BL, mask_BL), the mask as in `position_mask`; all of them are used, and held in memory.
     masks: by name, the positions at which an SAE is scored, best those of its training (`Mask.of`); no entry: `Mask()`.
         All others keep the model's own activation and are not scored, as padding always is.
@@ -499,26 +520,30 @@ def evaluate_saes(
     text leaves nothing to evaluate on, or the model itself has no finite activations or loss on it.
     """
     texts, masks = list(batches), masks or {}
-    subjects = {name: Subject(sae, layer, masks.get(name, Mask()), lm) for name, sae, layer in saes}
+    subjects = {name: Subject(sae, where, masks.get(name, Mask()), lm) for name, sae, where in saes}
     assert len(subjects) == len(saes), "two SAEs have the same name"
     scopes = _survey(lm, texts, subjects.values())
-    members: list[tuple[Scope, list[Subject]]] = []  # those of one entry have the same layer and positions
+    members: list[tuple[Scope, list[Subject]]] = []  # those of one entry have the same place and positions
     for subject in (subject for subject in subjects.values() if subject.error is None):
-        scope = scopes[subject.layer, subject.mask]
+        scope = scopes[subject.scope]
         group = next((group for first, group in members if first.same_positions(scope)), None)
         if group is None:
             members.append((scope, group := []))
         group.append(subject)
 
+    places = {place for scope, _ in members for place in (scope.place, scope.place_out)}
+    # to run on from inside a block, the lower ones need not run again
+    inside = (tap_of(scope.place_out).layer for scope, _ in members if not isinstance(scope.place_out, int))
+    places |= {layer - 1 for layer in inside if layer > 0}
     n_tokens = sum(int((mask_BL > 0).sum()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
     for i, text in enumerate(texts):
-        logits_BLV, x_by_layer = lm.run(*text, sorted({scope.layer for scope, _ in members}))
+        logits_BLV, x_by_place = lm.run(*text, places)
         own = predictions(logits_BLV, text[0])
         del logits_BLV
         for scope, group in members:
             if scope.keep[i].any():
-                site = Site(lm, scope.layer, text, x_by_layer[scope.layer], own, scope.keep[i], scope.mean_D)
+                site = Site(lm, scope, text, x_by_place, own, scope.keep[i])
                 for subject in group:
                     subject.update(site)
         bar.update(int((text[1] > 0).sum()))
@@ -533,7 +558,7 @@ def evaluate_saes(
     }
     evaluations = {}
     for name, subject in subjects.items():
-        scope = scopes.get((subject.layer, subject.mask))
+        scope = scopes.get(subject.scope)
         positions = dict(scope.positions) if scope else {}
         own_settings = {"drop_bos": subject.mask.drop_bos, "norm_bound": subject.mask.norm_bound}
         warning = nonfinite_sentence(positions, lm) if positions else None

@@ -147,7 +147,7 @@ def _upload(run_folder: Path, repo_id: str, private: bool, overwrite: bool, laye
         _refuse_another_run(api, run_folder, repo_id)
     files = [path.relative_to(run_folder).as_posix() for path in run_folder.rglob("*") if path.is_file()]
     here = set(filter_repo_objects(files, ignore_patterns=list(NOT_UPLOADED)))
-    part = "*" if layer is None else f"resid_post_layer_{layer}/*"
+    part = "*" if layer is None else f"*_layer_{layer}/*"
     # but not a card that somebody's own README.md has driven into the folder
     gone = _paths_in_repo(api, repo_id, run_folder.name) - here - {"README.md"}
     gone = sorted(filter_repo_objects(gone, allow_patterns=part))

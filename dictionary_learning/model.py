@@ -458,12 +458,17 @@ class LanguageModel:
 
     def _found(self, layer: int, site: str) -> Point:
         run, n_tokens = partial(self._run_to, layer), self._probe_inputs()["input_ids"].numel()
-        if site not in SITES:
-            return point_of_module(self.model, site, layer, run, n_tokens)
+        if site not in SITES:  # as the published call it: from the model, the model without its head, or the block
+            roots = (self.model, self.model.base_model) if "{layer}" in site else (self.layers[layer],)
+            return point_of_module(roots, site, layer, run, n_tokens)
         if layer not in self._anatomies:
             path = f"{self._layers_path}.{{layer}}"
             self._anatomies[layer] = Anatomy(self.layers[layer], run, 2, n_tokens, path)
         return self._anatomies[layer].point(site)
+
+    def hook_name(self, place: Place) -> str:
+        """The module of transformers whose output the place is, or whose input with .input behind it."""
+        return self.point(place).hook_name(self.model)
 
     def width(self, place: Place) -> int:
         """W: of the residual stream activation_dim, elsewhere its own."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 
 from . import cache
 from .data import estimate_tokens, open_documents
-from .model import load_tokenizer, model_shape, needs_extra, resolve_device, same_model
+from .model import LanguageModel, ModelShape, load_tokenizer, model_shape, needs_extra, resolve_device, same_model
 from .reading import Reading
+from .sites import RESID_POST, TRANSCODERS, Place, check_sites, in_order, place_at, tap_of, words_of
 from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
 from .world import World
+
+# what circuit-tracer computes
+TRACED = ("standard", "standard_new", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 
 
 @dataclass
@@ -29,13 +34,21 @@ class Plan(Reading):
     layers: list[int]
     architectures: list[str]
     text_shards: int
+    routes: list[tuple[Place, Place]]  # what SAEs read and what they reconstruct, of another place if transcoders
+    widths: dict[Place, int]  # of all places
     activation_dim: int
     n_layers: int
     llm_parameters: int
     rows: Mapping[str, Architecture]  # of all architectures there are
-    configs: list[dict[str, Any]]  # of all layers, in order
+    configs: list[dict[str, Any]]  # of all places, in order
     defaults: Mapping[str, Any]  # of all settings
     starts: list[str]  # what each SAE starts from; empty: from random weights
+    lm: LanguageModel | None = None  # up to the deepest layer, where it had to be asked for its places
+
+    @property
+    def places(self) -> list[Place]:
+        """All that are read, in order."""
+        return in_order(self.widths)
 
     @property
     def autocast(self) -> str:
@@ -53,11 +66,11 @@ class Plan(Reading):
 
     @property
     def sae_folders(self) -> list[Path]:
-        folders, n_before = [], dict.fromkeys(self.layers, 0)
+        folders, n_before = [], Counter()
         for config in self.configs:
-            layer = config["layer"]
-            folders.append(self.folder / f"resid_post_layer_{layer}" / f"trainer_{n_before[layer]}")
-            n_before[layer] += 1
+            place = config["submodule_name"]
+            folders.append(self.folder / place / f"trainer_{n_before[place]}")
+            n_before[place] += 1
         return folders
 
     def settings(self) -> dict[str, Any]:
@@ -84,6 +97,7 @@ class Plan(Reading):
         return {
             "settings": {name: settings[name] for name in cache.SETTINGS},
             "layers": self.layers,
+            "places": [[*tap_of(place), width] for place, width in self.widths.items()],
             "activation_dim": self.activation_dim,
             "model": self.identity,
             "held_out": self.held_out,
@@ -116,16 +130,31 @@ def make_plan(
     for layer in layers:
         if not 0 <= layer < shape.n_layers:
             raise ValueError(f"model {name} has layers 0 to {shape.n_layers - 1}, not {layer}.")
+    pairs = site_pairs(options, sweep)
+    routes = [(place_at(layer, site), place_at(layer, site_out)) for site, site_out in pairs for layer in layers]
     if shape.context_limit is not None and sweep.context_length > shape.context_limit:
         raise ValueError(
             f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens {name} can read."
         )
     check_cache(options, sweep)
+    reading = Reading(options, sweep, device, world)
+    widths, lm = find_widths(reading, routes, shape.activation_dim)
+    check_circuit_tracer(options, routes, widths, shape)
     asked = {key: row for key, row in rows.items() if key in options.architectures}
     configs = [
         config
-        for layer in layers
-        for config in get_trainer_configs(sweep, asked, name, layer, shape.activation_dim, device)
+        for place, place_out in routes
+        for config in get_trainer_configs(
+            sweep,
+            asked,
+            name,
+            tap_of(place).layer,
+            widths[place],
+            device,
+            tap_of(place).site,
+            tap_of(place_out).site,
+            widths[place_out],
+        )
     ]
     for config in configs:  # the trainers' own checks, before anything is loaded
         config["trainer"].Config(**{key: value for key, value in config.items() if key != "trainer"})
@@ -149,6 +178,9 @@ def make_plan(
         device=device,
         world=world,
         text_shards=sweep.text_shards or cache.n_shards(options.cache) or world.size,
+        routes=routes,
+        widths=widths,
+        lm=lm,
         activation_dim=shape.activation_dim,
         n_layers=shape.n_layers,
         llm_parameters=shape.n_parameters,
@@ -160,6 +192,66 @@ def make_plan(
     if options.activations:
         check_activations(plan, options.activations)
     return plan
+
+
+def site_pairs(options: Options, sweep: Sweep) -> list[tuple[str, str]]:
+    """[(the site that is read, the site that is reconstructed)]; ValueError for what does not go together."""
+    one_of = "--sites, --transcoder, or --site_in with --site_out"
+    if (sweep.site_in is None) != (sweep.site_out is None):
+        raise ValueError("a transcoder needs both --site_in and --site_out.")
+    if sweep.transcoder is not None and sweep.site_in is not None:
+        raise ValueError(f"--transcoder and --site_in both say what a transcoder reads: give one of {one_of}.")
+    if sweep.transcoder is not None and sweep.transcoder not in TRANSCODERS:
+        raise ValueError(f"there is no --transcoder {sweep.transcoder}, only {', '.join(TRANSCODERS)}.")
+    if len(set(sweep.sites)) < len(sweep.sites):
+        raise ValueError(f"--sites names a site twice: {' '.join(sweep.sites)}.")
+    pair = TRANSCODERS[sweep.transcoder] if sweep.transcoder else (sweep.site_in, sweep.site_out)
+    pairs = [(site, site) for site in sweep.sites] if pair[0] is None or pair[1] is None else [(pair[0], pair[1])]
+    if pair[0] is not None and sweep.sites != [RESID_POST]:
+        raise ValueError(f"--sites are for SAEs, and this is a transcoder: give one of {one_of}.")
+    check_sites(site for pair in pairs for site in pair)
+    is_transcoder = pairs[0][0] != pairs[0][1]
+    for name, is_asked in {"skip": sweep.skip, "circuit_tracer": options.circuit_tracer}.items():
+        if is_asked and not is_transcoder:
+            raise ValueError(f"--{name} is for transcoders: give --transcoder mlp, or --site_in and --site_out.")
+    return pairs
+
+
+def find_widths(
+    reading: Reading, routes: list[tuple[Place, Place]], activation_dim: int
+) -> tuple[dict[Place, int], LanguageModel | None]:
+    """(the width of every place, the model if it had to be loaded); ValueError where the model has no such place.
+
+    Only the model itself can say where in a block its places are.
+    """
+    places = in_order(place for route in routes for place in route)
+    if all(isinstance(place, int) for place in places):
+        return dict.fromkeys(places, activation_dim), None
+    if reading.options.activations:
+        held = cache.widths(reading.options.activations)
+        missing = [words_of(place) for place in places if place not in held]
+        if missing:
+            there = ", ".join(words_of(place) for place in held)
+            raise ValueError(f"{reading.options.activations} holds {there}, not {', '.join(missing)}.")
+        return {place: held[place] for place in places}, None
+    lm = reading.open_model(last_layer=max(tap_of(place).layer for place in places))
+    return {place: lm.width(place) for place in places}, lm
+
+
+def check_circuit_tracer(
+    options: Options, routes: list[tuple[Place, Place]], widths: Mapping[Place, int], shape: ModelShape
+) -> None:
+    """ValueError where the run's transcoders would be no set that circuit-tracer opens."""
+    if not options.circuit_tracer:
+        return
+    layers = {tap_of(place).layer for place, _ in routes}
+    if layers != set(range(shape.n_layers)):
+        every = " ".join(map(str, range(shape.n_layers)))
+        raise ValueError(f"circuit-tracer wants a transcoder of every layer: give --layers {every}.")
+    if any(widths[place] != shape.activation_dim for route in routes for place in route):
+        raise ValueError(f"circuit-tracer wants transcoders of {shape.activation_dim} dimensions in and out.")
+    if unknown := set(options.architectures) - set(TRACED):
+        raise ValueError(f"circuit-tracer has no {', '.join(sorted(unknown))} transcoders, only {', '.join(TRACED)}.")
 
 
 def check_cache(options: Options, sweep: Sweep) -> None:
@@ -177,9 +269,10 @@ def check_activations(plan: Plan, folder: str) -> None:
         for name, value in asked["settings"].items()
         if index["settings"].get(name) != value
     ]
-    missing = [layer for layer in plan.layers if layer not in index["layers"]]
+    held = cache.widths(folder)
+    missing = [words_of(place) for place in plan.places if place not in held]
     if missing:
-        differs.append(f"they are of the layers {index['layers']}, not of {missing}")
+        differs.append(f"they are of {', '.join(map(words_of, held))}, not of {', '.join(missing)}")
     if not same_model(index["model"], asked["model"]):
         differs.append(f"{plan.model_name} is another model by now")
     if plan.held_out and not index["held_out"]:
@@ -236,13 +329,17 @@ class Needs:
 def needs(plan: Plan) -> Needs:
     """Weights, two moments and one gradient at a time in fp32; the disk holds each SAE twice, and two states."""
     sweep = plan.sweep
-    parameters = [2 * c["activation_dim"] * c["dict_size"] + c["dict_size"] + c["activation_dim"] for c in plan.configs]
+    parameters = []
+    for c in plan.configs:
+        D, F, E = c["activation_dim"], c["dict_size"], c.get("output_dim") or c["activation_dim"]
+        parameters.append((D + E) * F + F + E + (D * E if c.get("skip") else 0))
     width = max(c["dict_size"] for c in plan.configs)
     element = 4 if sweep.dtype == "float32" else 2
-    buffer = sweep.buffer_tokens * len(plan.layers) * plan.activation_dim * element
+    row = sum(plan.widths.values()) * element
+    buffer = sweep.buffer_tokens * row
     n_files = 2 + (len(checkpoint_steps(plan)) if plan.options.save_checkpoints else 0)
     text = sweep.buffer_tokens + sweep.num_tokens  # the buffer is full to the end
-    cached = text * len(plan.layers) * plan.activation_dim * element if plan.options.cache else 0
+    cached = text * row if plan.options.cache else 0
     there = cache.held(plan.options.cache, plan.text_shards)[1] if plan.options.cache else 0
     return Needs(
         llm=plan.llm_parameters * element,
@@ -274,11 +371,18 @@ def checkpoint_steps(plan: Plan) -> list[int]:
 def describe(plan: Plan) -> str:
     """The plan in a few lines."""
     sweep, schedule = plan.sweep, plan.schedule
+    pairs = list(dict.fromkeys(tuple(tap_of(place).site for place in route) for route in plan.routes))
+    kind = "SAEs" if pairs[0][0] == pairs[0][1] else "transcoders"
+    skip = " with a skip" if sweep.skip else ""
+    said = [site if site == site_out else f"{site} -> {site_out}{skip}" for site, site_out in pairs]
+    wide = {f"D = {width} at {words_of(place)}" for place, width in plan.widths.items() if width != plan.activation_dim}
+    sites = [f"sites: {'; '.join([', '.join(said), *sorted(wide)])}"] if said != [RESID_POST] else []
     scaled = [f"{name} {asked:g} -> {used:g}" for name, (asked, used) in schedule.scaled.items()]
     lines = [
         f"{plan.model_name}: layers {', '.join(map(str, plan.layers))} of {plan.n_layers}, "
         f"D = {plan.activation_dim}, {sweep.dtype}, on {plan.device}",
-        f"{len(plan.configs)} SAEs: {', '.join(plan.architectures)}; widths {sweep.dictionary_widths}",
+        f"{len(plan.configs)} {kind}: {', '.join(plan.architectures)}; widths {sweep.dictionary_widths}",
+        *sites,
         f"{schedule.steps * sweep.sae_batch_size:,} tokens = {schedule.steps:,} steps of {sweep.sae_batch_size:,}, "
         f"SAEs in {plan.autocast}",
         f"text: {sweep.dataset}{' + ' + sweep.chat_dataset if sweep.mixed_dataset else ''}; "

@@ -81,9 +81,12 @@ class SAERecord:
         return self.trainer["dict_size"]
 
     @property
-    def panel(self) -> tuple[str, int]:
-        """What shares one set of axes: the model and the layer."""
-        return str(self.trainer.get("lm_name") or "unknown model"), self.trainer["layer"]
+    def panel(self) -> tuple[str, int, str]:
+        """What shares one set of axes: the model, the layer and the site."""
+        site = self.trainer.get("site") or "resid_post"
+        site_out = self.trainer.get("site_out") or site
+        words = "" if (site, site_out) == ("resid_post",) * 2 else " -> ".join(dict.fromkeys((site, site_out)))
+        return str(self.trainer.get("lm_name") or "unknown model"), self.trainer["layer"], words
 
     @property
     def sweep(self) -> tuple:
@@ -294,7 +297,7 @@ def _is_number(value: Any) -> bool:
 
 def _grid(
     records: Sequence[SAERecord], title: str, note: str, rows: Sequence[str], height: float
-) -> "tuple[Figure, dict[tuple[str, int], list[Axes]]]":
+) -> "tuple[Figure, dict[tuple[str, int, str], list[Axes]]]":
     """A figure and, for each panel, its column of axes, one for each name in `rows`. A single row wraps after four."""
     from matplotlib.figure import Figure
 
@@ -312,8 +315,9 @@ def _grid(
         ax.set_ylabel(name, color=INK)
     figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold", color=INK)
     figure.supxlabel(note, x=0.012, ha="left", size=8.5, color=FAINT)
-    for (model, layer), column in zip(panels, columns, strict=False):
-        column[0].set_title(f"{model.split('/')[-1]}, layer {layer}", size=10.5, color=INK)
+    for (model, layer, site), column in zip(panels, columns, strict=False):
+        where = f"{site} of layer {layer}" if site else f"layer {layer}"
+        column[0].set_title(f"{model.split('/')[-1]}, {where}", size=10.5, color=INK)
         for ax in column:
             ax.grid(True, color=GRID, linewidth=0.8)
             ax.set_axisbelow(True)

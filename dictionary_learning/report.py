@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
 from dictionary_learning.reading import evaluation_text, run_record
+from dictionary_learning.sites import Place, route_of, words_of, writes_residual
 from dictionary_learning.tokenizer import TextMarks
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -199,18 +200,27 @@ def _round(value: float) -> float:
 
 
 def page_data(
-    statistics: LatentStatistics, ae: Dictionary, lm: LanguageModel, contexts: list[list[int]], about: dict[str, Any]
+    statistics: LatentStatistics,
+    ae: Dictionary,
+    lm: LanguageModel,
+    contexts: list[list[int]],
+    about: dict[str, Any],
+    has_effects: bool = True,
 ) -> dict[str, Any]:
     """The objects that the page unpacks: `index` at once, `texts` and `latents-{i}` as they are needed.
 
     contexts: the token ids of the contexts read, in their order. about: entries added to the index.
+    has_effects: whether the decoder writes into the residual stream, from which a direct path leads to the logits.
     """
     decoder_FD = ae.decoder_FD.detach().to(lm.device, torch.float32)
-    unembedding = lm.model.get_output_embeddings()
-    if unembedding is None:
-        raise ValueError(f"{lm.name} has no unembedding to read the latents' effect on the output from")
-    effects = logit_effects(decoder_FD, unembedding.weight.detach().float()[: len(lm.tokenizer)])
-    (effect_tokens, effect_logits), (neighbours, cosines) = effects, nearest_latents(decoder_FD)
+    effect_tokens = effect_logits = torch.zeros(ae.dict_size, 2, 0)
+    if has_effects:
+        unembedding = lm.model.get_output_embeddings()
+        if unembedding is None:
+            raise ValueError(f"{lm.name} has no unembedding to read the latents' effect on the output from")
+        unembedding_VD = unembedding.weight.detach().float()[: len(lm.tokenizer)]
+        effect_tokens, effect_logits = logit_effects(decoder_FD, unembedding_VD)
+    neighbours, cosines = nearest_latents(decoder_FD)
     max_F, range_F, count_F = (a.cpu() for a in (statistics.max_F, statistics.range_F, statistics.count_F))
     vocabulary, texts, number_of_context = Vocabulary(lm.tokenizer), [], {}
 
@@ -328,13 +338,14 @@ class Subject(NamedTuple):
     statistics: LatentStatistics
 
     @property
-    def layer(self) -> int:
-        return int(self.config["trainer"]["layer"])
+    def route(self) -> tuple[Place, Place]:
+        """What it reads, and what it reconstructs or predicts."""
+        return route_of(self.config["trainer"])
 
-    def update(self, mask_BL: Tensor, x_BLD: Tensor, first_context: int) -> None:
-        mask = Mask.of(self.config.get("buffer", {}))
-        bound = None if mask.norm_bound is None else {self.layer: mask.norm_bound}
-        keep_BL, _ = position_mask(mask_BL, {self.layer: x_BLD}, bound, mask.drop_bos)
+    def update(self, mask_BL: Tensor, x_by_place: Mapping[Place, Tensor], first_context: int) -> None:
+        mask, x_BLD = Mask.of(self.config.get("buffer", {})), x_by_place[self.route[0]]
+        read = {place: x_by_place[place] for place in self.route}
+        keep_BL, _ = position_mask(mask_BL, read, mask.bounds(*read), mask.drop_bos)
         at_a_time = max(1, ENTRIES_AT_A_TIME // (x_BLD.shape[1] * self.ae.dict_size))
         for x_bLD, keep_bL in zip(x_BLD.split(at_a_time), keep_BL.split(at_a_time), strict=True):
             f_bLF = x_bLD.new_zeros(*x_bLD.shape[:2], self.ae.dict_size, dtype=torch.float32)
@@ -352,14 +363,14 @@ class Subject(NamedTuple):
         architecture = style.label if style else trainer["trainer_class"]
         setting = next((key for key in ("k", "target_l0", "l1_penalty", "sparsity_penalty") if key in trainer), None)
         name = f"{architecture}, {setting} {trainer[setting]:g}" if setting else architecture
-        facts = {"Model": lm.name, "Layer": str(self.layer), "Architecture": architecture}
+        facts = {"Model": lm.name, "Place": words_of(*self.route), "Architecture": architecture}
         facts |= {"Folder": "/".join(self.folder.absolute().parts[-3:]), "Text": text}
         results_file = self.folder / "eval_results.json"
         results = read_json(results_file) if results_file.is_file() else {}
         for key, label in RESULTS.items():
             if results.get(key) is not None:
                 facts[label] = f"{results[key]:.4g}"
-        subtitle = f"{lm.name}, layer {self.layer}, {self.ae.dict_size:,} latents"
+        subtitle = f"{lm.name}, {words_of(*self.route)}, {self.ae.dict_size:,} latents"
         return {"name": name, "subtitle": subtitle, "facts": list(facts.items())}
 
 
@@ -374,16 +385,15 @@ def gather(
     """
     subjects = []
     for folder, ae, config in saes:
-        if ae.activation_dim != lm.activation_dim:
-            size = lm.activation_dim
+        if ae.activation_dim != (size := lm.width(route_of(config["trainer"])[0])):
             raise ValueError(f"{folder} reads activations of size {ae.activation_dim}, those of {lm.name} are {size}")
         statistics = LatentStatistics(ae.dict_size, lm.device)
         subjects.append(Subject(folder, ae.to(lm.device, torch.float32), config, statistics))
     contexts: list[list[int]] = []
     for tokens_BL, mask_BL in batches:
-        x_by_layer = lm.activations(tokens_BL, mask_BL, {subject.layer for subject in subjects})
+        x_by_place = lm.activations(tokens_BL, mask_BL, {place for subject in subjects for place in subject.route})
         for subject in subjects:
-            subject.update(mask_BL, x_by_layer[subject.layer], len(contexts))
+            subject.update(mask_BL, x_by_place, len(contexts))
         contexts += [row[mask].tolist() for row, mask in zip(tokens_BL, mask_BL > 0, strict=True)]
     return subjects, contexts
 
@@ -465,7 +475,8 @@ def _write_pages(
     what = f"held-out part of {text['dataset']}" if text["held_out"] else text["dataset"]
     for subject in tqdm(subjects, "writing"):
         about = subject.about(lm, what)
-        objects = page_data(subject.statistics, subject.ae, lm, contexts, about)
+        has_effects = writes_residual(subject.route[1])
+        objects = page_data(subject.statistics, subject.ae, lm, contexts, about, has_effects)
         page = render(f"{about['name']}: {about['subtitle']}", objects)
         write_atomic(subject.folder / "report.html", page.encode())
         pages.append(subject.folder / "report.html")

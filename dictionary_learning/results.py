@@ -20,6 +20,7 @@ from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
 from .model import LanguageModel, same_model
 from .reading import Reading, run_record
+from .sites import RESID_POST, Place, route_of, tap_of
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
 
@@ -67,8 +68,9 @@ class Subject:
     reading: Reading
 
     @property
-    def layer(self) -> int:
-        return int(self.config["trainer"]["layer"])
+    def route(self) -> tuple[Place, Place]:
+        """What it reads and what it reconstructs."""
+        return route_of(self.config["trainer"])
 
     @property
     def mask(self) -> Mask:
@@ -163,9 +165,7 @@ def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Su
     ae, config = load_dictionary(named.name)
     trainer = config["trainer"]
     reading = reading_of(named.recorded or said_by(config))
-    if trainer.get("layer") is None or trainer.get("site", "resid_post") != "resid_post":
-        place = trainer.get("submodule_name") or "a place that its config does not name"
-        raise ValueError(f"it reads {place}, and only SAEs of block outputs can be evaluated.")
+    route_of(trainer)  # or it says why there is none
     subject = Subject(named, ae, config, reading)
     check_model(trainer, reading)
     return subject
@@ -217,7 +217,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
     sweep, settings = reading.sweep, reading.evaluation_settings()
     evaluations = evaluate_saes(
         lm,
-        [(subject.named.name, subject.ae, subject.layer) for subject in subjects],
+        [(subject.named.name, subject.ae, subject.route) for subject in subjects],
         evaluation_batches(reading, lm),
         masks={subject.named.name: subject.mask for subject in subjects},
         hyperparameters={"dataset": sweep.eval_dataset, "held_out": reading.held_out, "settings": settings},
@@ -284,13 +284,14 @@ def table(measured: Sequence[Measured], architectures: Mapping[str, Architecture
     names = {row.trainer: name for name, row in architectures.items()}
     rows: list[dict[str, str]] = []
     for one in measured:
-        trainer = one.trainer
+        trainer, sites = one.trainer, [tap_of(place).site for place in route_of(one.trainer)]
         architecture = str(names.get(str(trainer.get("trainer_class")), trainer.get("trainer_class")))
         varies = architectures[architecture].varies if architecture in architectures else "k"
         rows.append(
             {
                 "SAE": one.name,
                 "layer": str(trainer["layer"]),
+                "site": "" if sites == [RESID_POST, RESID_POST] else " -> ".join(dict.fromkeys(sites)),
                 "architecture": architecture,
                 "width": str(trainer["dict_size"]),
                 "setting": f"{varies} {trainer[varies]}" if varies in trainer else "",
@@ -308,7 +309,7 @@ def table(measured: Sequence[Measured], architectures: Mapping[str, Architecture
         )
     runs = {Path(one.name).parent.parent for one in measured}  # SAEs of one run need no names
     always = {"layer", "architecture", "width", "setting", *COLUMNS.values()}
-    said = {name for name in ("stated L0", "ended early") if any(row[name] not in ("", "-") for row in rows)}
+    said = {name for name in ("site", "stated L0", "ended early") if any(row[name] not in ("", "-") for row in rows)}
     differs = {name for name in rows[0] if name != "SAE" and len({row[name] for row in rows}) > 1}
     asked = always | said | differs | ({"SAE"} if len(runs) > 1 else set())
     shown = [name for name in rows[0] if name in asked]

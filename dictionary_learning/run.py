@@ -21,12 +21,16 @@ from tqdm import tqdm
 from . import cache
 from .buffer import ActivationBuffer, ActivationSource
 from .data import skipped_sentence
+from .dictionary import Dictionary
 from .files import read_json, write_json
+from .formats import EXPORT, load_dictionary
+from .formats.circuit_tracer import write as write_transcoders
 from .kernels import Shard, use_kernels
 from .model import LanguageModel, resolve_device
 from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, run_folder, size_text
 from .reading import Reading
 from .results import RESULTS, Named, evaluate, find_named
+from .sites import Place, by_key, name_of, place_at, words_of
 from .start import load_start
 from .state import SavedState, load_state, save_state
 from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
@@ -130,7 +134,8 @@ def share_out(plan: Plan, shard: Shard) -> list[int]:
     if len(plan.groups) == 1:
         return [0] * len(configs)
     # what a step costs depends on these; an SAE of each kind is timed by one of the owners
-    kinds = [(c["trainer"].__name__, c["dict_size"], c.get("k")) for c in configs]
+    facts = ("dict_size", "activation_dim", "output_dim", "skip", "k")
+    kinds = [(c["trainer"].__name__, *map(c.get, facts)) for c in configs]
     batch_size, autocast = plan.sweep.sae_batch_size, getattr(torch, plan.autocast)
     timed = {
         kind: step_microseconds(configs[kinds.index(kind)], batch_size, autocast, shard)
@@ -138,18 +143,19 @@ def share_out(plan: Plan, shard: Shard) -> list[int]:
     }
     # every rank takes what it is told, so that all come to the same owners
     costs = {kind: cost for part in world.gather(timed) for kind, cost in part.items()}
-    return spread([costs[kind] for kind in kinds], [c["layer"] for c in configs], len(plan.groups))
+    places = [(c["layer"], c["submodule_name"]) for c in configs]
+    return spread([costs[kind] for kind in kinds], places, len(plan.groups))
 
 
 def make_buffer(
-    plan: Plan, lm: LanguageModel, text: Any, readers: Mapping[int, Iterable[int]] | None = None
+    plan: Plan, lm: LanguageModel, text: Any, readers: Mapping[Place, Iterable[int]] | None = None
 ) -> ActivationBuffer:
-    """The run's buffer over its text, or the shards of it; readers: the ranks that read each layer, default all."""
+    """The run's buffer over its text, or the shards of it; readers: the ranks that read each place, default all."""
     sweep = plan.sweep
     return ActivationBuffer(
         text,
         lm,
-        plan.layers,
+        plan.places,
         n_tokens=sweep.buffer_tokens,
         out_batch_size=sweep.sae_batch_size,
         device=plan.device,
@@ -157,7 +163,7 @@ def make_buffer(
         mask=sweep.mask,
         max_norm_multiple=sweep.max_norm_multiple,
         world=plan.world,
-        readers=None if readers is None else {layer: sorted(ranks) for layer, ranks in readers.items()},
+        readers=None if readers is None else {place: sorted(ranks) for place, ranks in readers.items()},
         source=cache.CachedSource if plan.options.cache or plan.options.activations else ActivationSource,
     )
 
@@ -170,11 +176,12 @@ def open_source(plan: Plan) -> tuple[Any, list[Any]]:
     world, options, n = plan.world, plan.options, plan.text_shards
     mine = [s for s in range(n) if s % world.size == world.rank]
     if options.activations:
-        D, dtype = plan.activation_dim, getattr(torch, plan.sweep.dtype)
-        lm = cache.CachedModel(plan.model_name, D, dtype, torch.device(plan.device))
+        dtype = getattr(torch, plan.sweep.dtype)
+        names = cache.read_index(options.activations).get("found", {}).get("hook_names", {})
+        lm = cache.CachedModel(plan.model_name, plan.widths, names, dtype, torch.device(plan.device))
         texts = {}
     else:
-        lm = world.together(lambda: plan.open_model(last_layer=max(plan.layers)))
+        lm = plan.lm or world.together(lambda: plan.open_model(last_layer=max(plan.layers)))
         texts = world.together(lambda: {s: plan.open_text(lm.tokenizer, evaluation=False, shard=(s, n)) for s in mine})
     world.connect(lm.device)
     folder = options.cache or options.activations
@@ -183,7 +190,7 @@ def open_source(plan: Plan) -> tuple[Any, list[Any]]:
     if folder:
         texts = world.together(
             lambda: {
-                s: cache.CachedText(cache.shard_folder(folder, s), plan.layers, texts.get(s), plan.sweep.epochs)
+                s: cache.CachedText(cache.shard_folder(folder, s), plan.places, texts.get(s), plan.sweep.epochs)
                 for s in mine
             }
         )
@@ -203,9 +210,10 @@ def train(
     sweep, world = plan.sweep, plan.world
     mine = [i for i, owner in enumerate(owners) if world.rank in plan.groups[owner]]
     led = plan.led(owners)
-    readers: dict[int, set[int]] = {layer: set() for layer in plan.layers}
+    readers: dict[Place, set[int]] = {place: set() for place in plan.places}
     for config, owner in zip(plan.configs, owners, strict=True):
-        readers[config["layer"]].update(plan.groups[owner])
+        for site in (config["site"], config["site_out"]):
+            readers[place_at(config["layer"], site)].update(plan.groups[owner])
     lm, shards = open_source(plan)
     buffer = make_buffer(plan, lm, shards, readers)
     settings = plan.settings()
@@ -216,12 +224,12 @@ def train(
     means = buffer.means if sweep.center else {}
     text = {"dataset": sweep.dataset}
     model = {"lm_revision": plan.options.revision, "lm_identity": plan.identity}
-    runs = make_runs(plan.configs, plan.sae_folders, lambda layer: buffer.config(layer) | text, mine, shard, model)
+    runs = make_runs(plan.configs, plan.sae_folders, lambda *of: buffer.config(*of) | text, mine, shard, model)
     for run in runs if plan.starts else ():
         ae = load_start(plan.starts[run.index])
         if sweep.center:
-            ae.shift(-means[run.layer])
-        ae.scale_biases(1 / norm_factors[run.layer])
+            ae.shift(-means[run.place], -means[run.place_out])
+        ae.scale(1 / norm_factors[run.place], 1 / norm_factors[run.place_out])
         run.trainer.start_from(ae)
         run.config["trainer"]["init_from"] = plan.starts[run.index]
     autocast = getattr(torch, plan.autocast)
@@ -298,9 +306,10 @@ def end_cache(plan: Plan, buffer: ActivationBuffer) -> None:
     plan.world.together(source.flush)
     found = {
         "positions": buffer.counts,
-        "norm_factors": buffer.norm_factors,
-        "mean_to_std": buffer.mean_to_std,
-        "median_norms": buffer.median_norms,
+        "norm_factors": by_key(buffer.norm_factors),
+        "mean_to_std": by_key(buffer.mean_to_std),
+        "median_norms": by_key(buffer.median_norms),
+        "hook_names": {name_of(place): buffer.lm.hook_name(place) for place in plan.places},
         "versions": versions(),
     }
     plan.world.together(lambda: cache.note(folder, **found), rank=0)
@@ -311,7 +320,7 @@ def write_cache(plan: Plan) -> int:
     world, steps, ended = plan.world, plan.schedule.steps, False
     started = time.monotonic()
     lm, shards = open_source(plan)
-    buffer = make_buffer(plan, lm, shards, dict.fromkeys(plan.layers, [0]))
+    buffer = make_buffer(plan, lm, shards, dict.fromkeys(plan.places, [0]))
     again = "continue with the same command"
     try:
         with signals_noted() as signals:
@@ -336,7 +345,7 @@ def write_cache(plan: Plan) -> int:
     assert folder is not None
     world.gather(None)  # every shard is written
     n_positions, size = cache.held(folder, plan.text_shards)
-    print(f"{folder} holds {n_positions:,} activations of each layer, {size_text(size)} ({seconds:.0f} s)")
+    print(f"{folder} holds {n_positions:,} activations of each place, {size_text(size)} ({seconds:.0f} s)")
     if ended:
         world.tell("the text ended before the asked tokens: give the same command more --epochs")
         return ENDED_EARLY
@@ -375,8 +384,8 @@ def finish_training(
         "tokens": loop.tokens,
         "seconds": round(seconds, 1),
         "seconds_saving_state": round(loop.seconds_in_state, 2),
-        "norm_factors": loop.norm_factors,
-        "mean_to_std": buffer.mean_to_std,
+        "norm_factors": by_key(loop.norm_factors),
+        "mean_to_std": by_key(buffer.mean_to_std),
         "positions": dict(buffer.counts),
         "sae_threads": loop.workers,
         "llm_batch_halvings": buffer.llm_batch_halvings,  # for want of memory
@@ -390,7 +399,7 @@ def finish_training(
     if ended is None:
         shutil.rmtree(plan.folder / "resume", ignore_errors=True)
     print(f"trained on {loop.tokens:,} tokens in {seconds:.0f} s ({loop.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
-    ratios = ", ".join(f"{ratio:.2f} in layer {layer}" for layer, ratio in buffer.mean_to_std.items())
+    ratios = ", ".join(f"{ratio:.2f} in {words_of(place)}" for place, ratio in buffer.mean_to_std.items())
     hint = "" if plan.sweep.center else " (--center subtracts the mean)"
     print(f"|mean| / std of the activations: {ratios}{hint}")
 
@@ -431,6 +440,9 @@ def carry_out(plan: Plan) -> int:
     try:
         if not trained:
             ended = train(plan, owners, shard, state, tracker, [ids[i] for i in sorted(ids)])
+        if options.circuit_tracer and world.rank == 0:
+            with stages.stage("export for circuit-tracer"):
+                export_transcoders(plan)
         if not options.no_eval:
             again = f"python demo.py --eval_only {shlex.quote(str(plan.folder))}"
             with stages.stage("evaluation", again):
@@ -512,6 +524,18 @@ def evaluate_only(
         if any(one.path.name == RESULTS and one.path.is_relative_to(folder) for one in measured.values()):
             plot(folder)
     return 0
+
+
+def export_transcoders(plan: Plan) -> None:
+    """Write the run's transcoders for circuit-tracer: a folder for each of the grid, with its ones of all layers."""
+    sets: dict[str, dict[int, tuple[Dictionary, dict[str, Any]]]] = {}
+    for config, folder in zip(plan.configs, plan.sae_folders, strict=True):
+        sets.setdefault(folder.name, {})[config["layer"]] = load_dictionary(folder)
+    for name, saes in sets.items():
+        place = plan.folder / EXPORT / name
+        transcoders = {layer: ae for layer, (ae, _) in saes.items()}
+        write_transcoders(place, transcoders, next(iter(saes.values()))[1]["trainer"])
+        print(f"for circuit-tracer: {place}")
 
 
 def plot(folder: Path) -> None:

@@ -8,7 +8,7 @@ B texts, L positions, W width of a site, N = B L.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -54,10 +54,41 @@ def name_of(place: Place, place_out: Place | None = None) -> str:
     return f"{site.replace('{layer}', str(layer))}_layer_{layer}"
 
 
-def words_of(place: Place) -> str:
-    """In a sentence: layer 3, mlp_out of layer 3."""
-    layer, site = tap_of(place)
-    return f"layer {layer}" if site == RESID_POST else f"{site} of layer {layer}"
+def key_of(place: Place) -> int | str:
+    """In files: plain numbers are block outputs, as they were before there were other places."""
+    return place if isinstance(place, int) else name_of(place)
+
+
+def by_key(values: Mapping[Place, Any]) -> dict[int | str, Any]:
+    return {key_of(place): value for place, value in values.items()}
+
+
+def by_place(values: Mapping[Any, Any], places: Iterable[Place]) -> dict[Place, Any]:
+    """The other way round, of the places that there are among them."""
+    return {place: values[key_of(place)] for place in places if key_of(place) in values}
+
+
+def route_of(trainer: Mapping[str, Any]) -> tuple[Place, Place]:
+    """The place that an SAE reads and the one that it reconstructs or predicts, as the "trainer" of its config says;
+    ValueError where it says none in a layer."""
+    layer, site = trainer.get("layer"), trainer.get("site") or RESID_POST
+    if layer is None:
+        where = trainer.get("submodule_name") or "a place that its config does not name"
+        raise ValueError(f"it reads {where}, which is no place in a layer.")
+    return place_at(int(layer), site), place_at(int(layer), trainer.get("site_out") or site)
+
+
+def words_of(place: Place, place_out: Place | None = None) -> str:
+    """In a sentence: layer 3, mlp_out of layer 3, mlp_in -> mlp_out of layer 3."""
+    (layer, site), out = tap_of(place), tap_of(place if place_out is None else place_out)
+    if (site, out.site) == (RESID_POST, RESID_POST):
+        return f"layer {layer}"
+    return f"{site if site == out.site else f'{site} -> {out.site}'} of layer {layer}"
+
+
+def writes_residual(place: Place) -> bool:
+    """Whether what stands there is in the coordinates of the residual stream, to which it is added or which it is."""
+    return tap_of(place).site in (RESID_POST, "resid_pre", "resid_mid", "attn_out", "mlp_out")
 
 
 def check_sites(sites: Iterable[str]) -> None:
@@ -112,6 +143,13 @@ class Point(NamedTuple):
     side: str  # "input" or "output"
     width: int  # W
     shared: bool = False  # what reads it besides the module reads the same memory, so it is overwritten there
+    origin: nn.Module | None = None  # of what goes into a module, the one whose output it is
+
+    def hook_name(self, model: nn.Module) -> str:
+        """A module's path for its output, with .input behind it for its input; an output where it is both."""
+        module = self.module if self.side == "output" else self.origin
+        paths = {module: path for path, module in model.named_modules()}
+        return paths[module] if module in paths else f"{paths[self.module]}.input"
 
 
 def attach(point: Point, act: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
@@ -329,7 +367,8 @@ class Anatomy:
         first, *rest = self._mlp()
         if rest:  # one after the other, or else this would be one of several
             self._added()
-        return Point(first.module, "input", first.given.shape[-1])
+        origins = [call.module for call in self.parts if call.made is first.given]
+        return Point(first.module, "input", first.given.shape[-1], origin=next(iter(origins), None))
 
     def _attn_z(self) -> Point:
         call = self._leaves(self._attention())[-1]
@@ -362,19 +401,25 @@ class Anatomy:
         return _fits(calls[-1].made_NW, [x_NW.double(), made], self.eps)
 
 
-def point_of_module(model: nn.Module, site: str, layer: int, run: Callable[[], None], n_tokens: int) -> Point:
-    """The output of the module of a path or, with `.input` behind it, its input; ValueError where there is none."""
-    path, side = site.replace("{layer}", str(layer)), "output"
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
     try:
-        module = model.get_submodule(path)
+        return root.get_submodule(path) if path else None
     except AttributeError:
-        path, _, side = path.rpartition(".")
-        try:
-            module = model.get_submodule(path) if path and side in ("input", "output") else None
-        except AttributeError:
-            module = None
-    if module is None:
-        raise ValueError(f"it has no module {site.replace('{layer}', str(layer))}")
+        return None
+
+
+def point_of_module(roots: Iterable[nn.Module], path: str, layer: int, run: Callable[[], None], n_tokens: int) -> Point:
+    """The output of the module of a path or, with `.input` behind it, its input; ValueError where there is none.
+
+    roots: where the path may begin, in the order in which they are asked.
+    """
+    path = path.replace("{layer}", str(layer))
+    before, _, last = path.rpartition(".")
+    ways = [(path, "output")] + ([(before, last)] if last in ("input", "output") else [])
+    found = [(m, p, side) for root in roots for p, side in ways if (m := _submodule(root, p)) is not None]
+    if not found:
+        raise ValueError(f"it has no module {path}")
+    module, path, side = found[0]
     seen: list[Any] = []
     hooks = [
         module.register_forward_pre_hook(

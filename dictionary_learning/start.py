@@ -6,6 +6,7 @@ from typing import Any
 
 from .dictionary import Dictionary, JumpReluAutoEncoder
 from .formats import find_saes, load_dictionary
+from .sites import route_of, words_of
 
 # What tells the SAEs of one layer, width and architecture from each other, in the order in which it is asked.
 APART = ("trainer_class", "k", "target_l0", "l1_penalty", "initial_sparsity_penalty", "lr", "seed")
@@ -40,12 +41,12 @@ def _facts(path: str) -> tuple[Dictionary, dict[str, Any]]:
 
 
 def _match(name: str, known: Sequence[tuple[str, Dictionary, dict[str, Any]]], config: Mapping[str, Any]) -> str:
-    layer, width = config["layer"], config["dict_size"]
-    wanted = f"layer {layer}, {width} latents, {_dict_class(config).__name__}"
+    route, width = route_of(config), config["dict_size"]
+    wanted = f"{words_of(*route)}, {width} latents, {_dict_class(config).__name__}"
     fit = [
         (path, trainer)
         for path, ae, trainer in known
-        if trainer.get("layer") == layer and _mismatch(ae, trainer, config) is None
+        if trainer.get("layer") is not None and route_of(trainer) == route and _mismatch(ae, trainer, config) is None
     ]
     if not fit:
         raise ValueError(f"--init_from {name} has no SAE of {wanted}.")
@@ -67,6 +68,14 @@ def _mismatch(ae: Dictionary, trainer: Mapping[str, Any], config: Mapping[str, A
     """In what an SAE is none that the trainer of a config could train; None where it is."""
     if ae.activation_dim != config["activation_dim"]:
         return f"takes {ae.activation_dim} dimensions, and the model has {config['activation_dim']}"
+    output_dim, is_transcoder = config.get("output_dim") or config["activation_dim"], "output_dim" in config
+    if ae.output_dim != output_dim:
+        return f"gives {ae.output_dim} dimensions, and the model has {output_dim}"
+    if is_transcoder != ae.is_transcoder:
+        advice = "is a transcoder: give --transcoder mlp, or --site_in and --site_out"
+        return "is no transcoder" if is_transcoder else advice
+    if (ae.W_skip is not None) != bool(config.get("skip")):
+        return "has no skip" if config.get("skip") else "has a skip: give --skip"
     if ae.dict_size != config["dict_size"]:
         return f"has {ae.dict_size} latents, not {config['dict_size']}: give --dictionary_widths {ae.dict_size}"
     wanted = _dict_class(config)

@@ -50,7 +50,7 @@ class Options:
     save_dir: str = option("folder in which the run gets its own", "saes")
     model_name: str = option("Hub id or folder of a causal LM", "tiny-python")
     revision: str | None = option("of the model on the Hub: branch, tag or commit", None)
-    layers: list[int] | None = option("layers whose output the SAEs read (default: the middle one)", None, least=0)
+    layers: list[int] | None = option("layers that the SAEs read (default: the middle one)", None, least=0)
     architectures: list[str] = option("which kinds of SAE", None, metavar="NAME")
     preset: str | None = option("a published recipe in place of the defaults", None)
     device: str | None = option("cuda, cuda:1, mps, cpu, ... (default: the first of them that is there)", None)
@@ -77,6 +77,7 @@ class Options:
     hf_repo_id: str | None = option("USER/REPO on the Hub that gets the run folder at the end", None)
     private: bool = option("create that repo as a private one", False)
     upload_only: str | None = option("upload this run folder, do nothing else", None, metavar="FOLDER")
+    circuit_tracer: bool = option("also write a run's transcoders of all layers as circuit-tracer opens them", False)
     report: bool = option("write a page of its latents for every SAE", False)
     shard_latents: int = option("under torchrun, split every SAE over N processes", 1, metavar="N")
     timeout_minutes: float = option("under torchrun, how long processes wait for each other", 20.0)
@@ -97,6 +98,16 @@ class Sweep:
     standard_penalties: list[float] = option("L1 penalties of standard and standard_new")
     p_anneal_penalties: list[float] = option("penalties of p_anneal")
     gated_penalties: list[float] = option("L1 penalties of gated")
+    # -- where in a layer
+    sites: list[str] = option(
+        "what the SAEs read: resid_pre resid_mid resid_post attn_out mlp_out attn_z mlp_in, or any module by its path "
+        "with {layer} in it, its output or, with .input behind it, its input",
+        metavar="SITE",
+    )
+    transcoder: str | None = option("predict the MLP's output from its input instead", choices=("mlp",))
+    site_in: str | None = option("of other transcoders: the site that is read", metavar="SITE")
+    site_out: str | None = option("and the site of the same layer that is predicted", metavar="SITE")
+    skip: bool = option("transcoders also learn a linear path beside their latents")
     # -- schedules, in steps
     warmup_steps: int = option("linear warm-up of the learning rate", least=0)
     sparsity_warmup_steps: int = option("linear warm-up of the penalties", least=0)
@@ -258,20 +269,33 @@ def _whole(k: float) -> int:
 
 
 def get_trainer_configs(
-    sweep: Sweep, rows: Mapping[str, Architecture], model_name: str, layer: int, activation_dim: int, device: str
+    sweep: Sweep,
+    rows: Mapping[str, Architecture],
+    model_name: str,
+    layer: int,
+    activation_dim: int,
+    device: str,
+    site: str = "resid_post",
+    site_out: str | None = None,
+    output_dim: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The SAEs of one layer, in the order that numbers them: the keywords of their trainers, and `trainer`, the class.
+    """The SAEs of one place, in the order that numbers them: the keywords of their trainers, and `trainer`, the class.
 
     Order: architecture (that of the rows), seed, width, learning rate, sparsity.
+    site_out, output_dim: of transcoders, what they predict and its width.
     """
     from . import trainers
+    from .sites import name_of, place_at
 
     for name in ("dictionary_widths", "learning_rates", "random_seeds", *(row.values for row in rows.values())):
         values = getattr(sweep, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} has a value twice, which would train the same SAE twice: {values}.")
     schedule = get_schedule(sweep)
-    submodule_name = f"resid_post_layer_{layer}"
+    submodule_name = name_of(place_at(layer, site), place_at(layer, site_out or site))
+    places: dict[str, Any] = {"site": site, "site_out": site_out or site}
+    if site_out not in (None, site):
+        places |= {"output_dim": output_dim, "skip": sweep.skip}
     configs: list[dict[str, Any]] = []
     for row in rows.values():
         prefix = row.wandb_prefix or row.trainer
@@ -290,6 +314,7 @@ def get_trainer_configs(
                                 row.varies: _whole(value) if row.varies == "k" else value,
                                 "device": device,
                                 "layer": layer,
+                                **places,
                                 "lm_name": model_name,
                                 "submodule_name": submodule_name,
                                 "wandb_name": f"{prefix}-{model_name}-{submodule_name}_trainer_{len(configs)}",

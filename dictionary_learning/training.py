@@ -1,6 +1,6 @@
 """The training loop: one stream of activations, any number of SAEs.
 
-B tokens in the batch, D activation_dim.
+B tokens in the batch, D activation_dim, E output_dim (D unless it is a transcoder).
 """
 
 import copy
@@ -24,6 +24,7 @@ from .dictionary import Dictionary
 from .files import append_jsonl, rewind_jsonl, write_json
 from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
+from .sites import Place, place_at
 from .trainers import LossOutput, SAETrainer, TopKTrainer
 from .trainers.trainer import SparseTrainer
 from .world import World
@@ -48,8 +49,14 @@ class SAERun:
     failure: str | None = None
 
     @property
-    def layer(self) -> int:
-        return self.trainer.cfg.layer
+    def place(self) -> Place:
+        """What it reads."""
+        return place_at(self.trainer.cfg.layer, self.trainer.cfg.site)
+
+    @property
+    def place_out(self) -> Place:
+        """What it reconstructs or, as a transcoder, predicts."""
+        return place_at(self.trainer.cfg.layer, self.trainer.cfg.site_out)
 
     @property
     def metrics_file(self) -> Path | None:
@@ -70,7 +77,7 @@ def make_trainer(config: Mapping[str, Any], shard: Shard = WHOLE) -> SAETrainer:
 def make_runs(
     trainer_configs: Sequence[dict[str, Any]],
     folders: Sequence[Path | None],
-    buffer_config: Callable[[int], dict],
+    buffer_config: Callable[[Place, Place], dict],
     mine: Iterable[int] | None = None,
     shard: Shard = WHOLE,
     about: Mapping[str, Any] | None = None,
@@ -85,7 +92,8 @@ def make_runs(
     runs = []
     for i in range(len(trainer_configs)) if mine is None else mine:
         trainer, folder = make_trainer(trainer_configs[i], shard), folders[i] if shard.rank == 0 else None
-        run = SAERun(i, trainer, folder, {"trainer": dict(about or {}), "buffer": buffer_config(trainer.cfg.layer)})
+        run = SAERun(i, trainer, folder, {"trainer": dict(about or {}), "buffer": {}})
+        run.config["buffer"] = buffer_config(run.place, run.place_out)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", run.saved_config())
@@ -99,10 +107,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype if half else None, enabled=half)
 
 
-def _random_activations(batch_size: int, activation_dim: int) -> Tensor:
-    """x_BD of norm 1."""
-    x_BD = torch.randn(batch_size, activation_dim, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.normalize(x_BD, dim=1)
+def _random_batch(trainer: SAETrainer, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """x_BD of norm 1 and, for a transcoder, such a y_BE: what `update` takes."""
+    cfg, generator = trainer.cfg, torch.Generator().manual_seed(0)
+    widths = [cfg.activation_dim, cfg.output_dim or 0] if cfg.is_transcoder else [cfg.activation_dim]
+    drawn = [torch.randn(batch_size, width, generator=generator) for width in widths]
+    return [torch.nn.functional.normalize(x, dim=1).to(trainer.device, dtype) for x in drawn]
 
 
 def step_microseconds(
@@ -110,7 +120,7 @@ def step_microseconds(
 ) -> int:
     """How long a training step of such an SAE takes, by a few of them on random activations of norm 1."""
     trainer = make_trainer(config, shard)
-    x_BD = _random_activations(batch_size, trainer.cfg.activation_dim).to(trainer.device, autocast_dtype)
+    batch = _random_batch(trainer, batch_size, autocast_dtype)
 
     def seconds() -> float:
         if trainer.device.type == "cuda":
@@ -122,7 +132,7 @@ def step_microseconds(
         if step == 1:
             start = seconds()  # the first one initialises
         with autocast(trainer.device, autocast_dtype):
-            trainer.update(step, x_BD)
+            trainer.update(step, *batch)
     return max(round(1e6 * (seconds() - start) / steps), 1)
 
 
@@ -170,13 +180,13 @@ def choose_workers(
         return 1
     # of the SAEs, as many as there are workers, and as different as the grid has them
     trainers = [make_trainer(configs[i * len(configs) // n]) for i in range(n)]
-    x_BD = _random_activations(batch_size, trainers[0].cfg.activation_dim).to(autocast_dtype)
+    batches = {trainer: _random_batch(trainer, batch_size, autocast_dtype) for trainer in trainers}
     seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def step(trainer: SAETrainer) -> None:
         for number in range(2):
             with autocast(trainer.device, autocast_dtype):
-                trainer.update(number, x_BD)
+                trainer.update(number, *batches[trainer])
 
     with workers_pool(n) as pool:
         for i in range(1 + MEASURED_ROUNDS):
@@ -200,10 +210,13 @@ def estimate_norm_factor(batches: Iterable[Tensor]) -> float:
     return math.sqrt(total / count)
 
 
-def metrics(step: int, tokens: int, run: SAERun, x_BD: Tensor, out: LossOutput) -> dict[str, Any]:
-    """What is logged of one step of one SAE: of the batch that was trained on, before the weights moved."""
-    residual_BD = (x_BD - out.x_hat_BD).float()
-    explained = 1 - residual_BD.var(dim=0).sum() / x_BD.float().var(dim=0).sum()
+def metrics(step: int, tokens: int, run: SAERun, y_BE: Tensor, out: LossOutput) -> dict[str, Any]:
+    """What is logged of one step of one SAE: of the batch that was trained on, before the weights moved.
+
+    y_BE: what was to be reconstructed or predicted.
+    """
+    residual_BE = (y_BE - out.x_hat_BD).float()
+    explained = 1 - residual_BE.var(dim=0).sum() / y_BE.float().var(dim=0).sum()
     values: dict[str, Any] = {
         "l0": out.l0(),
         "frac_variance_explained": explained,
@@ -265,26 +278,28 @@ def trainSAE(
     """
     folders = [None if save_dir is None else Path(save_dir) / f"trainer_{i}" for i in range(len(trainer_configs))]
     buffer_config = getattr(data, "config", {})
-    runs = make_runs(trainer_configs, folders, lambda layer: buffer_config)
+    runs = make_runs(trainer_configs, folders, lambda *_: buffer_config)
+    if any(run.place != run.place_out for run in runs):
+        raise ValueError("a transcoder needs the activations of two places, and the data are of one.")
     first: list[Tensor] = []
     norm_factor = 1.0
     if normalize_activations:
         for _, x_BD in zip(range(min(norm_batches, steps)), data, strict=False):
             first.append(x_BD)
         norm_factor = estimate_norm_factor(first)
-    layers = {run.layer for run in runs}
+    places = {run.place for run in runs}
 
-    def batches() -> Iterator[dict[int, Tensor]]:
+    def batches() -> Iterator[dict[Place, Tensor]]:
         for x in first:
-            yield dict.fromkeys(layers, x)
+            yield dict.fromkeys(places, x)
         for x in data:
             assert isinstance(x, Tensor)
-            yield dict.fromkeys(layers, x)
+            yield dict.fromkeys(places, x)
 
     Loop(
         runs,
         batches(),
-        dict.fromkeys(layers, norm_factor),
+        dict.fromkeys(places, norm_factor),
         steps,
         save_steps=save_steps,
         log_steps=log_steps,
@@ -296,12 +311,12 @@ def trainSAE(
 
 @dataclass
 class Loop:
-    """The loop over steps.  All SAEs of all layers train on the same positions; a failing SAE stops alone.
+    """The loop over steps.  All SAEs of all places train on the same positions; a failing SAE stops alone.
 
     runs: the SAEs of this rank. All ranks walk the same steps, and stop and save at the same one.
-    batches: {layer: x_BD} of raw activations, one a step.
-    norm_factors: by layer, what activations are divided by in training and SAEs are scaled by when written.
-    means: by layer, mean_D, what is taken from activations before and SAEs are shifted by when written; none without
+    batches: {place: x_BD} of raw activations, one a step.
+    norm_factors: by place, what activations are divided by in training and SAEs are scaled by when written.
+    means: by place, mean_D, what is taken from activations before and SAEs are shifted by when written; none without
         centring.
     save_steps: steps before which a checkpoint is written.
     save_state: called with the step and this rank's part of the state, every `backup_steps` steps or `backup_minutes`,
@@ -314,8 +329,8 @@ class Loop:
     """
 
     runs: list[SAERun]
-    batches: Iterator[dict[int, Tensor]]
-    norm_factors: dict[int, float]
+    batches: Iterator[dict[Place, Tensor]]
+    norm_factors: dict[Place, float]
     steps: int
     save_steps: Sequence[int] = ()
     log_steps: int = 100
@@ -328,14 +343,16 @@ class Loop:
     show_progress: bool = True
     world: World = field(default_factory=World)
     workers: int = 1
-    means: Mapping[int, Tensor] = field(default_factory=dict)
+    means: Mapping[Place, Tensor] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     seconds_in_state: float = 0.0
 
     def __post_init__(self) -> None:
         for run in self.runs:
-            run.config["trainer"]["norm_factor"] = self.norm_factors[run.layer]
+            run.config["trainer"]["norm_factor"] = self.norm_factors[run.place]
+            if run.place_out != run.place:
+                run.config["trainer"]["norm_factor_out"] = self.norm_factors[run.place_out]
         self._pool: ThreadPoolExecutor | None = None
         if self.workers > 1 and not self._independent():
             raise ValueError("SAEs are stepped side by side on the CPU alone, and whole: leave --sae_threads out.")
@@ -354,7 +371,7 @@ class Loop:
         bar.total, bar.n = self._total_tokens(), self.tokens
         with signals_noted() as signals, bar, self._side_by_side():
             asked: Callable[[], list[int]] | None = None
-            x_by_layer: dict[int, Tensor] | None = {}
+            x_by_place: dict[Place, Tensor] | None = {}
             while self.step < self.steps:
                 stop, late, alive = (asked or self._ask(signals, last_backup))()
                 if stop:
@@ -370,20 +387,20 @@ class Loop:
                     self._write_checkpoints()
                 if self.world.size > 1:  # answered while the step is done, so that no rank waits for it
                     asked = self._ask(signals, last_backup)
-                x_by_layer = self._next_batch()
-                if x_by_layer is None:
+                x_by_place = self._next_batch()
+                if x_by_place is None:
                     break
-                self._update_all(x_by_layer)
-                n_tokens = len(next(iter(x_by_layer.values())))
+                self._update_all(x_by_place)
+                n_tokens = len(next(iter(x_by_place.values())))
                 self.step += 1
                 self.tokens += n_tokens
                 bar.total = self._total_tokens()
                 bar.update(n_tokens)
                 if self.timings is not None and self.step % self.log_steps == 0:
                     bar.set_postfix(self._shares(), refresh=False)
-            if asked is not None and (self.step == self.steps or x_by_layer is None):
+            if asked is not None and (self.step == self.steps or x_by_place is None):
                 asked()
-        ended = x_by_layer is None
+        ended = x_by_place is None
         if ended:
             self._backup()
             for run in self.runs:
@@ -423,7 +440,7 @@ class Loop:
         total = sum(seconds.values()) or 1.0
         return {name: f"{100 * value / total:.0f}%" for name, value in seconds.items()}
 
-    def _next_batch(self) -> dict[int, Tensor] | None:
+    def _next_batch(self) -> dict[Place, Tensor] | None:
         """None where the text has ended."""
         try:
             return next(self.batches, None)
@@ -433,35 +450,36 @@ class Loop:
             self._backup()
             raise Interrupted(f"{error}; saved after step {self.step} of {self.steps}") from error
 
-    def _update_all(self, x_by_layer: dict[int, Tensor]) -> None:
-        normalised: dict[tuple[int, torch.device], Tensor] = {}
+    def _update_all(self, x_by_place: dict[Place, Tensor]) -> None:
+        normalised: dict[tuple[Place, torch.device], Tensor] = {}
         log = self.step % self.log_steps == 0 or self.step == self.steps - 1
         going = [run for run in self.runs if run.failure is None]
-        for run in going:
-            where = run.layer, run.trainer.device
-            if where not in normalised:
-                # cast before the division, as the reference does: under bf16 the order shows in the last bit
-                x_BD = x_by_layer[run.layer].to(run.trainer.device)
-                if run.layer in self.means:
-                    x_BD = x_BD - self.means[run.layer].to(x_BD.device)  # in fp32
-                x_BD = x_BD.to(self.autocast_dtype, copy=True)
-                normalised[where] = x_BD / self.norm_factors[run.layer]
+        # of a transcoder both places, of an SAE the one
+        wanted = {(place, run.trainer.device): None for run in going for place in (run.place, run.place_out)}
+        for place, device in wanted:
+            # cast before the division, as the reference does: under bf16 the order shows in the last bit
+            x_BD = x_by_place[place].to(device)
+            if place in self.means:
+                x_BD = x_BD - self.means[place].to(device)  # in fp32
+            x_BD = x_BD.to(self.autocast_dtype, copy=True)
+            normalised[place, device] = x_BD / self.norm_factors[place]
 
         def update(run: SAERun) -> dict[str, Any] | None:
             """What is logged of the step; None where nothing is, or where the SAE has failed."""
-            x_BD = normalised[run.layer, run.trainer.device]
+            places = dict.fromkeys((run.place, run.place_out))
+            batch = [normalised[place, run.trainer.device] for place in places]
             with self.world.peers(), autocast(run.trainer.device, self.autocast_dtype):
-                out = run.trainer.update(self.step, x_BD)
+                out = run.trainer.update(self.step, *batch)
             if not log or bool(run.trainer.stopped):
                 return None
-            return metrics(self.step, self.tokens + len(x_BD), run, x_BD, out)
+            return metrics(self.step, self.tokens + len(batch[-1]), run, batch[-1], out)
 
         records = map(update, going) if self._pool is None else self._pool.map(update, going)
         for run, record in zip(going, records, strict=True):
             if record is not None:
                 self._log(run, record)
             elif log:
-                self._fail(run, x_by_layer[run.layer])
+                self._fail(run, x_by_place[run.place])
 
     def _fail(self, run: SAERun, x_BD: Tensor) -> None:
         norms = x_BD.float().norm(dim=-1)
@@ -485,20 +503,20 @@ class Loop:
                 ae = run.trainer.whole_ae()
                 if run.folder is not None:
                     ae = copy.deepcopy(ae)
-                    self._to_raw(ae, run.layer)
+                    self._to_raw(ae, run)
                     save_weights(run.folder / "checkpoints" / f"ae_{self.step}.pt", ae)
 
-    def _to_raw(self, ae: Dictionary, layer: int) -> None:
+    def _to_raw(self, ae: Dictionary, run: SAERun) -> None:
         """Make an SAE that takes activations as they are trained on one that takes raw ones."""
-        ae.scale_biases(self.norm_factors[layer])
-        if layer in self.means:
-            ae.shift(self.means[layer])
+        ae.scale(self.norm_factors[run.place], self.norm_factors[run.place_out])
+        if self.means:
+            ae.shift(self.means[run.place], self.means[run.place_out])
 
     def finish(self) -> None:
         """Scale every SAE to raw activations and write it."""
         for run in self.runs:
             ae = run.trainer.whole_ae()
-            self._to_raw(ae, run.layer)
+            self._to_raw(ae, run)
             if run.folder is not None:
                 save_sae(run.folder, ae, run.saved_config())
 

@@ -228,16 +228,16 @@ def _n_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def spread(costs: Sequence[int], layers: Sequence[int], n_owners: int) -> list[int]:
+def spread(costs: Sequence[int], places: Sequence[Any], n_owners: int) -> list[int]:
     """The owner of each SAE, such that owners have about equal work: the costliest first, to who has least.
 
-    Among equals it goes to one who has the layer already: activations travel to fewer ranks.
+    Among equals it goes to one who has the place already: activations travel to fewer ranks.
     """
     loads, has = [0] * n_owners, [set() for _ in range(n_owners)]
     owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], layers[i], i)):
-        owner = min(range(n_owners), key=lambda o: (loads[o], layers[i] not in has[o], o))
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], places[i], i)):
+        owner = min(range(n_owners), key=lambda o: (loads[o], places[i] not in has[o], o))
         owners[i] = owner
         loads[owner] += costs[i]
-        has[owner].add(layers[i])
+        has[owner].add(places[i])
     return owners

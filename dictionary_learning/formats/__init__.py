@@ -63,6 +63,7 @@ FAMILIES: tuple[ModuleType, ...] = (  # in the order in which a folder is asked 
     openai,
     temporal,
 )
+EXPORT = "circuit_tracer"  # in a run's folder, its transcoders once more as that package opens them
 WEIGHTS = ("ae.pt", "sae_weights.safetensors", "params.npz", "params.safetensors", "sae.safetensors")
 UNSURE = (openai,)  # whose files have no names of their own, so that none is looked for
 
@@ -87,6 +88,8 @@ def find_saes(folder: str | Path) -> list[Path]:
     """
     found = []
     for root, folders, _ in os.walk(folder):
+        if EXPORT in folders:
+            folders.remove(EXPORT)
         targets = _targets(_names(Path(root)), [family for family in FAMILIES if family not in UNSURE])
         found += [Path(root, target) for target in targets]
         if "" in targets:

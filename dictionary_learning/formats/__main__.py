@@ -20,12 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ae, config = load_dictionary(args.source)
         if isinstance(ae, GeneralSAE):
             ae = ae.converted()
-            config["trainer"]["dict_class"] = type(ae).__name__
+            config["trainer"]["dict_class"] = ae.class_name
         save_sae(args.folder, ae, config)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{args.folder}: {type(ae).__name__}, from {config['source']['format']}\n")
+    sys.stdout.write(f"{args.folder}: {ae.class_name}, from {config['source']['format']}\n")
     return 0
 
 

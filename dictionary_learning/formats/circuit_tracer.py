@@ -1,11 +1,17 @@
-"""circuit-tracer's folder of per-layer transcoders: `layer_{i}.safetensors`, with `config.yaml`."""
+"""circuit-tracer's folder of per-layer transcoders: `layer_{i}.safetensors`, with `config.yaml`.
 
+D activation_dim, F dict_size, E output_dim.
+"""
+
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..dictionary import Dictionary, GeneralSAE
-from .place import Place, Said, config_of, place_of_hook
+from ..files import write_atomic, write_safetensors
+from .place import Place, Said, config_of, hook_of_place, place_of_hook
 
 NAME = "circuit-tracer"
 CONFIGS = ("config.yaml", "wandb-config.yaml", "wanb-config.yaml")  # the last as it is published
@@ -38,6 +44,32 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     lm_name = cfg.get("model_name") or (f"Qwen/Qwen3-{qwen[1]}B" if qwen else None)
     said = Said(lm_name=lm_name, layer=layer, site=site, site_out=site_out, submodule_name=hooks[0])
     return ae, config_of(place, NAME, ae, said)
+
+
+def write(folder: Path, saes: Mapping[int, Dictionary], trainer: Mapping[str, Any]) -> None:
+    """The transcoders of all layers of a model, as circuit-tracer's loader opens them.
+
+    trainer: of the config of any of them.  The top-k family goes by the threshold that it recorded in training.
+    """
+    for layer, ae in saes.items():
+        state = ae.state_dict()
+        tensors = {
+            "W_enc": ae.encoder_FD,
+            "W_dec": ae.decoder_FD,
+            "b_enc": state[ae.encoder_bias],
+            "b_dec": state[ae.output_bias],
+        }
+        if ae.W_skip is not None:
+            tensors["W_skip"] = ae.W_skip.T
+        if "threshold" in state:
+            tensors["activation_function.threshold"] = state["threshold"].clamp(min=0).expand(ae.dict_size)
+        detached = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+        write_safetensors(folder / f"layer_{layer}.safetensors", detached)
+    sites = zip(HOOKS, (trainer["site"], trainer["site_out"]), strict=True)
+    hooks = {key: str(hook_of_place(0, site)).removeprefix("blocks.0.") for key, site in sites}
+    lines = {"model_name": trainer["lm_name"], "model_kind": "transcoder_set", **hooks}
+    text = "".join(f"{key}: {json.dumps(line)}\n" for key, line in lines.items())
+    write_atomic(folder / "config.yaml", text.encode())
 
 
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}

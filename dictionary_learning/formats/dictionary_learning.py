@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dictionary import DICTIONARIES, Dictionary, JumpReluAutoEncoder, TopKDictionary
+from ..dictionary import DICTIONARIES, TRANSCODER, Dictionary, JumpReluAutoEncoder, TopKDictionary
 from ..files import TensorFile, write_atomic, write_json
 from .place import Place, Said, config_of
 
@@ -24,13 +24,13 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     """Its config is config.json's, with what other rooms count on beside it."""
     config, path = place.json(FILES[0]), place.get(FILES[1])
     trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or str(trainer.get("dict_class")) not in DICTIONARIES:
+    if not isinstance(trainer, dict) or _class_name(trainer).removesuffix(TRANSCODER) not in DICTIONARIES:
         raise ValueError(
             f"{place.get(FILES[0])} does not say which SAE this is: trainer.dict_class must be one of "
             f"{', '.join(DICTIONARIES)}."
         )
     ae = _from_state(path, trainer, place.tensors(FILES[1]))
-    for key in ("activation_dim", "dict_size", "k"):
+    for key in ("activation_dim", "dict_size", "k", "output_dim"):
         actual = getattr(ae, key, None)
         if actual is not None and trainer.get(key, actual) != actual:
             raise ValueError(
@@ -39,13 +39,17 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
             )
     named = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name")))  # as "mlp_out_layer_3"
     site = str(trainer.get("site") or (named[1] if named else "resid_post"))
-    said = config_of(place, NAME, ae, Said(site=site))
+    said = config_of(place, NAME, ae, Said(site=site, site_out=trainer.get("site_out")))
     source = config.get("source") or said["source"]  # of one that was converted, where it came from
     buffer = config.get("buffer") or said["buffer"]
     layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
     config = {**config, "trainer": said["trainer"] | trainer | known, "buffer": buffer, "source": source}
     return ae.with_unit_norm(), config
+
+
+def _class_name(trainer: dict[str, Any]) -> str:
+    return str(trainer.get("dict_class"))
 
 
 def _from_state(path: Path, trainer: dict[str, Any], file: TensorFile) -> Dictionary:
@@ -58,15 +62,17 @@ def _from_state(path: Path, trainer: dict[str, Any], file: TensorFile) -> Dictio
         )
         warnings.warn(f"{path} is the backup of step {int(step)} of an unfinished run.", stacklevel=4)
     state = {name.removeprefix(start): file.read(name) for name in file.names if name.startswith(start)}
-    if issubclass(DICTIONARIES[trainer["dict_class"]], TopKDictionary):  # older files lack one or both
+    name = _class_name(trainer)
+    dict_class = DICTIONARIES[name.removesuffix(TRANSCODER)]
+    if issubclass(dict_class, TopKDictionary):  # older files lack one or both
         if "k" not in state and "k" in trainer:
             state["k"] = torch.tensor(trainer["k"], dtype=torch.int)
         state.setdefault("threshold", torch.tensor(-1.0))
     try:
-        ae = DICTIONARIES[trainer["dict_class"]].from_state(state)
+        ae = dict_class.from_state(state, is_transcoder=name.endswith(TRANSCODER))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold the weights of a {trainer['dict_class']} ({reason}).") from error
+        raise ValueError(f"{path} does not hold the weights of a {name} ({reason}).") from error
     ae.scale_biases(float(norm_factor))
     return ae
 

@@ -50,7 +50,9 @@ class Place:
         return None if found is None else int(found[1])
 
 
-SITES = {  # of TransformerLens's hooks and of Hugging Face's modules, which come after the block
+# Of TransformerLens's hooks and of Hugging Face's modules, which come after the block. The output of a module that some
+# families pass through one more norm keeps its own name: `mlp_out` is what comes out of that norm.
+SITES = {
     "": "resid_post",
     "hook_resid_post": "resid_post",
     "hook_resid_mid": "resid_mid",
@@ -59,15 +61,10 @@ SITES = {  # of TransformerLens's hooks and of Hugging Face's modules, which com
     "hook_mlp_out": "mlp_out",
     "hook_mlp_in": "mlp_in",
     "mlp.hook_in": "mlp_in",
-    "mlp.hook_out": "mlp_out",
+    "mlp.hook_out": "mlp",
     "attn.hook_z": "attn_z",
     "output": "resid_post",
-    "mlp": "mlp_out",
-    "mlp.output": "mlp_out",
     "mlp.input": "mlp_in",
-    "self_attn": "attn_out",
-    "attn": "attn_out",
-    "attention": "attn_out",
     "self_attn.o_proj.input": "attn_z",
     "pre_feedforward_layernorm.output": "mlp_in",
     "post_feedforward_layernorm.output": "mlp_out",
@@ -75,7 +72,8 @@ SITES = {  # of TransformerLens's hooks and of Hugging Face's modules, which com
 
 
 def place_of_hook(hook: str) -> tuple[int | None, str]:
-    """(layer, site) of a hook of TransformerLens or a module of Hugging Face; what has no name here keeps its own.
+    """(layer, site) of a hook of TransformerLens or a module of Hugging Face; what has no name here keeps its own, as
+    the path of a module in the block.
 
     What goes into block L is what comes out of block L - 1.
     """
@@ -95,6 +93,7 @@ HOOKS = {  # TransformerLens's, of block L
     "attn_z": "attn.hook_z",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
+    "mlp": "mlp.hook_out",
 }
 
 
@@ -129,7 +128,7 @@ def config_of(place: Place, family: str, ae: Dictionary, said: Said) -> dict[str
     """The config of an SAE in the form of config.json, whatever the family (`formats.load_dictionary`)."""
     trainer = {
         "trainer_class": said.trainer.get("trainer_class", type(ae).__name__),
-        "dict_class": type(ae).__name__,
+        "dict_class": ae.class_name,
         "activation_dim": ae.activation_dim,
         "dict_size": ae.dict_size,
         "layer": said.layer,
@@ -140,6 +139,8 @@ def config_of(place: Place, family: str, ae: Dictionary, said: Said) -> dict[str
         "site_out": said.site_out or said.site,
         **said.trainer,
     }
+    if ae.output_dim != ae.activation_dim or ae.is_transcoder:
+        trainer["output_dim"] = ae.output_dim
     k = getattr(ae, "k", None)
     if k is not None:
         trainer["k"] = int(k)

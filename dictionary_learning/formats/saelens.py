@@ -94,27 +94,33 @@ _TENSORS = {
 }
 
 
-_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+# topk ones it has none of: they are jumprelus with the threshold that training recorded
+_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder", "topk": "jumprelu_transcoder"}
+_SKIPS = {"transcoder": "skip_transcoder", "jumprelu_transcoder": "jumprelu_skip_transcoder"}
 
 
 def _site_out(config: dict[str, Any]) -> str | None:
     """Of a transcoder."""
     trainer = config["trainer"]
-    site = trainer.get("site", "resid_post")
-    return None if trainer.get("site_out", site) == site else trainer["site_out"]
+    site = trainer.get("site") or "resid_post"
+    return None if (trainer.get("site_out") or site) == site else trainer["site_out"]
 
 
-def _subtracts(ae: Dictionary) -> bool:
-    return getattr(ae, "apply_b_dec_to_input", _FORMS[type(ae).__name__].subtracts_b_dec)
+def _architecture(ae: Dictionary, config: dict[str, Any]) -> str | None:
+    """As SAELens calls what computes it; None where it has nothing that does.  Its transcoders subtract nothing."""
+    architecture = _FORMS[type(ae).__name__].architecture
+    if _site_out(config) is None and not ae.is_transcoder:
+        return architecture
+    if ae.subtracted_D is not None or architecture not in _TRANSCODERS:
+        return None
+    return _TRANSCODERS[architecture] if ae.W_skip is None else _SKIPS[_TRANSCODERS[architecture]]
 
 
 def has_form(ae: Dictionary, config: dict[str, Any]) -> bool:
-    """A jumprelu needs its threshold, which the top-k family sets in training; transcoders subtract nothing."""
-    architecture = _FORMS[type(ae).__name__].architecture
-    if _site_out(config) is not None and (architecture not in _TRANSCODERS or _subtracts(ae)):
-        return False
-    is_jumprelu = architecture == "jumprelu"
-    return not (is_jumprelu and isinstance(ae, TopKDictionary) and bool(ae.threshold < 0))
+    """A jumprelu needs its threshold, which the top-k family sets in training."""
+    architecture = _architecture(ae, config)
+    unset = isinstance(ae, TopKDictionary) and bool(ae.threshold < 0)
+    return architecture is not None and not (unset and architecture.startswith("jumprelu"))
 
 
 def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,6 +128,9 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
 
     The hook has TransformerLens's name, for that is how SAELens loads models unless told otherwise.
     """
+    architecture = _architecture(ae, config)
+    if architecture is None:
+        raise ValueError(f"SAELens has no transcoder that computes this {ae.class_name}.")
     if not has_form(ae, config):
         raise ValueError(
             f"the threshold of this {type(ae).__name__} is not set: train past threshold_start_step before exporting."
@@ -133,15 +142,19 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
     tensors = {theirs: state[ours].detach().cpu() for theirs, ours in form.names.items()}
     site_out = _site_out(config)
     tensors = {theirs: _turned(form.names[theirs], tensor).contiguous() for theirs, tensor in tensors.items()}
+    if architecture.startswith("jumprelu"):
+        tensors.setdefault("threshold", state["threshold"].detach().cpu())
+    if "W_skip" in state:
+        tensors["W_skip"] = state["W_skip"].detach().cpu().T.contiguous()
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(ae.dict_size).contiguous()
     cfg = {
-        "architecture": form.architecture,
+        "architecture": architecture,
         "d_in": ae.activation_dim,
         "d_sae": ae.dict_size,
         "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": _subtracts(ae),
+        "apply_b_dec_to_input": ae.subtracted_D is not None,
         "normalize_activations": "none",  # folded into the biases
         "reshape_activations": "none",
         "metadata": {
@@ -149,7 +162,8 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
             "sae_lens_training_version": None,
             "model_name": trainer.get("lm_name"),
             "model_class_name": "HookedTransformer",
-            "hook_name": hook_of_place(trainer.get("layer"), trainer.get("site", "resid_post")),
+            "hook_name": hook_of_place(trainer.get("layer"), trainer.get("site") or "resid_post"),
+            **{name: buffer[name] for name in ("hf_hook_name", "hf_hook_name_out") if buffer.get(name)},
             "hook_head_index": None,
             "model_from_pretrained_kwargs": {"revision": revision} if revision else {},
             "context_size": buffer.get("ctx_len"),
@@ -160,10 +174,10 @@ def to_saelens(ae: Dictionary, config: dict[str, Any]) -> tuple[dict[str, Any], 
             "training_architecture_details": finite(trainer),
         },
     }
-    if form.architecture == "topk":
+    if architecture == "topk":
         cfg |= {"k": int(state["k"]), "rescale_acts_by_decoder_norm": False}
     if site_out is not None:
-        cfg |= {"architecture": _TRANSCODERS[form.architecture], "d_out": ae.output_dim}
+        cfg["d_out"] = ae.output_dim
         cfg["metadata"]["hook_name_out"] = hook_of_place(trainer.get("layer"), site_out)
     return cfg, tensors
 

@@ -43,5 +43,5 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
         trainer={"transcode": transcode},
     )
     if transcode:  # from the module's input to its output
-        said.site, said.site_out = site.replace("_out", "_in"), site
+        said.site, said.site_out = "resid_pre" if site == "resid_post" else place_of_hook(f"{hook}.input")[1], site
     return ae, config_of(place, NAME, ae, said)

@@ -29,7 +29,7 @@ class BatchTopKTrainer(TopKTrainer):
     def select(self, x_BD: Tensor) -> Features:
         ae, n = self.ae, self.k * len(x_BD)
         return encode_batch_topk(
-            x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, n, self.guess, self.shard, self.screened
+            x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.subtracted_D, n, self.guess, self.shard, self.screened
         )
 
     def fired(self, f: Features) -> Tensor:

@@ -2,7 +2,7 @@
 
 Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435
 
-B tokens in the batch, D activation_dim, F dict_size.
+B tokens in the batch, D activation_dim, E output_dim, F dict_size.
 """
 
 from dataclasses import dataclass, replace
@@ -101,14 +101,15 @@ class JumpReluTrainer(SparseTrainer):
             )
         return f, self.shard.sum(n_active)
 
-    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+    def loss(self, x_BD: Tensor, step: int, y_BE: Tensor | None = None) -> LossOutput:
         cfg = self.cfg
         x_BD = x_BD.to(self.ae.W_enc.dtype)
+        y_BE = x_BD if y_BE is None else y_BE.to(x_BD.dtype)
         f, n_active = self.encode(x_BD)
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.b_dec)
-        error = squared_error(x_BD, x_hat_BD)
+        x_hat_BE = f.decode(self.ae.decoder_FD) + self.offset(x_BD)
+        error = squared_error(y_BE, x_hat_BE)
         l0 = n_active / len(x_BD)
         sparsity = cfg.sparsity_penalty * (l0 / cfg.target_l0 - 1) ** 2 * cfg.sparsity_scale(step)
         loss = error + sparsity
         terms: Terms = {"l2_loss": error, "sparsity_loss": sparsity, "loss": loss}
-        return LossOutput(loss, x_hat_BD, f, f.detach().fired(), terms)
+        return LossOutput(loss, x_hat_BE, f, f.detach().fired(), terms)

@@ -2,7 +2,7 @@
 
 Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
 
-B tokens in the batch, D activation_dim, F dict_size, G groups, N active pairs.
+B tokens in the batch, D activation_dim, E output_dim, F dict_size, G groups, N active pairs.
 """
 
 import math
@@ -57,11 +57,10 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
     def build(self) -> Dictionary:
         cfg = self.cfg
         dict_class = cfg.dict_class or self.dict_class
-        return dict_class(
-            cfg.activation_dim, cfg.dict_size, k=cfg.k, group_sizes=cfg.group_sizes, generator=self.generator
-        )  # pyright: ignore[reportCallIssue]
+        groups = {"k": cfg.k, "group_sizes": cfg.group_sizes}
+        return dict_class(cfg.activation_dim, cfg.dict_size, **groups, generator=self.generator, **cfg.target)  # pyright: ignore[reportCallIssue]
 
-    def reconstruct(self, x_BD: Tensor, f: Features) -> tuple[Tensor, Tensor, Terms]:
+    def reconstruct(self, x_BD: Tensor, f: Features, y_BE: Tensor) -> tuple[Tensor, Tensor, Terms]:
         code, n_groups = f.code, len(self.cfg.group_fractions)
         assert code is not None
         # a latent's group, and one bag a (token, group): rows ascend, since the pairs ascend by token and latent
@@ -70,10 +69,10 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
         group_N = torch.searchsorted(ends_G, code.latent_N + first, right=True)
         row_N = code.token_N * n_groups + group_N
         parts = self.shard.sum(sparse_decode(f.values, self.ae.decoder_FD, code, row_N, len(x_BD) * n_groups))
-        errors, x_hat_BD = [], self.shard.once(self.ae.b_dec)
-        for part_BD in parts.view(len(x_BD), n_groups, -1).unbind(1):  # each prefix adds a group to the one before
-            x_hat_BD = x_hat_BD + part_BD
-            errors.append(squared_error(x_BD, x_hat_BD))
+        errors, x_hat_BE = [], self.offset(x_BD)
+        for part_BE in parts.view(len(x_BD), n_groups, -1).unbind(1):  # each prefix adds a group to the one before
+            x_hat_BE = x_hat_BE + part_BE
+            errors.append(squared_error(y_BE, x_hat_BE))
         assert self.cfg.group_weights is not None
         errors_G = torch.stack([weight * error for weight, error in zip(self.cfg.group_weights, errors, strict=True)])
         # weighted and averaged: with weights 1/G each term counts 1/G^2, in the reference too
@@ -83,7 +82,7 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
             "min_l2_loss": errors_G.min(),
             "max_l2_loss": errors_G.max(),
         }
-        return x_hat_BD, error, terms
+        return x_hat_BE, error, terms
 
     @property
     def config(self) -> dict[str, Any]:

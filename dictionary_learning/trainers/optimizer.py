@@ -15,7 +15,7 @@ from ..kernels.backend import optimizer
 # parameters that keep the reference's (D, F) shape; every matrix lies in memory as one contiguous row per latent
 TRANSPOSED = {"W_enc", "decoder.weight"}
 DECODERS = {"W_dec", "decoder.weight"}
-REPLICATED = {"b_dec", "bias", "decoder.bias", "decoder_bias"}  # every other parameter is one of latents
+REPLICATED = {"b_dec", "bias", "decoder.bias", "decoder_bias", "W_skip"}  # every other parameter is one of latents
 
 
 def as_rows(name: str, parameter: Tensor) -> Tensor:

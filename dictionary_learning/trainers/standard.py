@@ -1,6 +1,6 @@
 """Standard SAEs: an L1 penalty on the features.
 
-B tokens in the batch, D activation_dim, F dict_size.
+B tokens in the batch, D activation_dim, E output_dim, F dict_size.
 """
 
 from dataclasses import dataclass
@@ -56,17 +56,19 @@ class ReLUTrainer(SparseTrainer):
     def encode(self, x_BD: Tensor) -> Features:
         if not self.sparse:
             return Features(self.ae.encode(x_BD), shard=self.shard)
-        return encode_above(x_BD, self.ae.encoder_FD, self.ae.encoder.bias, self.ae.bias, 0.0, self.shard)
+        ae = self.ae
+        return encode_above(x_BD, ae.encoder_FD, ae.encoder.bias, ae.subtracted_D, 0.0, self.shard)
 
-    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+    def loss(self, x_BD: Tensor, step: int, y_BE: Tensor | None = None) -> LossOutput:
+        y_BE = x_BD if y_BE is None else y_BE
         f = self.encode(x_BD)
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.bias)
-        error = squared_error(x_BD, x_hat_BD)
+        x_hat_BE = f.decode(self.ae.decoder_FD) + self.offset(x_BD)
+        error = squared_error(y_BE, x_hat_BE)
         penalty, terms = self.penalty(f, step)
         loss = error + penalty
-        l2 = (x_BD - x_hat_BD).detach().norm(dim=-1).mean()
+        l2 = (y_BE - x_hat_BE).detach().norm(dim=-1).mean()
         terms = {"l2_loss": l2, "mse_loss": error, **terms, "loss": loss}
-        return LossOutput(loss, x_hat_BD, f, f.detach().fired(), terms)
+        return LossOutput(loss, x_hat_BE, f, f.detach().fired(), terms)
 
 
 class StandardTrainer(ReLUTrainer):
@@ -97,28 +99,29 @@ class StandardTrainer(ReLUTrainer):
         assert self.cfg.lr is not None
         return self.cfg.lr * min((step % self.cfg.resample_steps) / max(self.cfg.warmup_steps, 1), 1.0)
 
-    def update(self, step: int, activations: Tensor) -> LossOutput:
-        out = super().update(step, activations)
+    def update(self, step: int, activations: Tensor, targets: Tensor | None = None) -> LossOutput:
+        out = super().update(step, activations, targets)
         if self.cfg.resample_steps is not None:
             self.steps_since_active.copy_(torch.where(out.fired_F, 0, self.steps_since_active + 1))
             if step > 0 and step % self.cfg.resample_steps == 0:
                 dead_F = self.steps_since_active > self.cfg.resample_steps / 2
-                self._resample(dead_F, activations.to(self.device))
+                y_BE = activations if targets is None else targets
+                self._resample(dead_F, activations.to(self.device), y_BE.to(self.device))
         return out
 
     @torch.no_grad()
-    def _resample(self, dead_F: Tensor, x_BD: Tensor) -> None:
+    def _resample(self, dead_F: Tensor, x_BD: Tensor, y_BE: Tensor) -> None:
         """Point dead latents at tokens drawn in proportion to their reconstruction error."""
         dead_n = torch.nonzero(dead_F).squeeze(1)[: len(x_BD)]
         if len(dead_n) == 0:
             return
-        losses_B = (x_BD - self.ae(x_BD)).float().norm(dim=-1).cpu()
+        losses_B = (y_BE - self.ae(x_BD)).float().norm(dim=-1).cpu()
         drawn_n = torch.multinomial(losses_B, len(dead_n), replacement=False, generator=self.generator)
-        direction_nD = x_BD[drawn_n.to(self.device)].float()
+        direction_nD, direction_nE = (part[drawn_n.to(self.device)].float() for part in (x_BD, y_BE))
         ae = self.ae
         alive_norm = ae.encoder_FD[~dead_F].norm(dim=1).mean().nan_to_num(1.0)  # 1 where none is alive
         ae.encoder_FD[dead_n] = direction_nD * alive_norm * 0.2
-        ae.decoder_FD[dead_n] = direction_nD / direction_nD.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        ae.decoder_FD[dead_n] = direction_nE / direction_nE.norm(dim=1, keepdim=True).clamp(min=1e-12)
         ae.encoder.bias[dead_n] = 0  # pyright: ignore
         for name in ("encoder.weight", "encoder.bias", "decoder.weight"):
             for moment in self.optimizer.moments(name):

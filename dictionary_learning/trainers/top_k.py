@@ -2,7 +2,7 @@
 
 Gao et al. 2024, https://arxiv.org/abs/2406.04093
 
-B tokens in the batch, D activation_dim, F dict_size, N active pairs, A latents that may be dead.
+B tokens in the batch, D activation_dim, E output_dim, F dict_size, N active pairs, A latents that may be dead.
 """
 
 from collections.abc import Callable
@@ -91,13 +91,14 @@ class TopKTrainer(SAETrainer):
 
     def build(self) -> Dictionary:
         dict_class = self.cfg.dict_class or self.dict_class
-        return dict_class(self.cfg.activation_dim, self.cfg.dict_size, k=self.cfg.k, generator=self.generator)  # pyright: ignore[reportCallIssue]
+        sizes = self.cfg.activation_dim, self.cfg.dict_size
+        return dict_class(*sizes, k=self.cfg.k, generator=self.generator, **self.cfg.target)  # pyright: ignore[reportCallIssue]
 
-    def initialize(self, x_BD: Tensor) -> None:
+    def initialize(self, x_BD: Tensor, y_BE: Tensor | None = None) -> None:
         if not self.begun:
-            median_D = geometric_median(x_BD.float())
+            median_E = geometric_median((x_BD if y_BE is None else y_BE).float())
             # a batch that is not finite will stop the SAE, whose weights should not say so
-            self.ae.b_dec.data = torch.where(median_D.isfinite().all(), median_D, 0).to(self.ae.b_dec.dtype)
+            self.ae.b_dec.data = torch.where(median_E.isfinite().all(), median_E, 0).to(self.ae.b_dec.dtype)
         if self.device.type == "cpu" and x_BD.dtype == torch.float32:
             self.screened = screen.pays(len(x_BD), self.cfg.activation_dim, len(self.ae.encoder_FD), self.k)
 
@@ -106,7 +107,7 @@ class TopKTrainer(SAETrainer):
     def select(self, x_BD: Tensor) -> Features:
         """The features that take part in the reconstruction."""
         ae = self.ae
-        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.b_dec, self.k, self.shard, self.screened)
+        return encode_topk(x_BD, ae.encoder_FD, ae.encoder_bias_F, ae.subtracted_D, self.k, self.shard, self.screened)
 
     def fired(self, f: Features) -> Tensor:
         """Bool (F,): the latents that count as active, here every selected one, even at zero."""
@@ -121,19 +122,20 @@ class TopKTrainer(SAETrainer):
         mean = torch.where(active_B, least_B, 0).sum() / active_B.sum()
         return torch.where(active_B.any(), mean, torch.inf)
 
-    def reconstruct(self, x_BD: Tensor, f: Features) -> tuple[Tensor, Tensor, Terms]:
-        """(x_hat_BD, reconstruction loss, logged terms)"""
-        x_hat_BD = f.decode(self.ae.decoder_FD) + self.shard.once(self.ae.b_dec)
-        error = squared_error(x_BD, x_hat_BD)
-        return x_hat_BD, error, {"l2_loss": error}
+    def reconstruct(self, x_BD: Tensor, f: Features, y_BE: Tensor) -> tuple[Tensor, Tensor, Terms]:
+        """(x_hat_BE, reconstruction loss, logged terms)"""
+        x_hat_BE = f.decode(self.ae.decoder_FD) + self.offset(x_BD)
+        error = squared_error(y_BE, x_hat_BE)
+        return x_hat_BE, error, {"l2_loss": error}
 
     # -- the step
 
-    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
+    def loss(self, x_BD: Tensor, step: int, y_BE: Tensor | None = None) -> LossOutput:
+        y_BE = x_BD if y_BE is None else y_BE
         f = self.select(x_BD)
-        x_hat_BD, error, terms = self.reconstruct(x_BD, f)
+        x_hat_BE, error, terms = self.reconstruct(x_BD, f, y_BE)
         fired_F = self.fired(f.detach())
-        auxk, pre_norm, n_dead = self.auxiliary_loss(x_BD, x_hat_BD, fired_F)
+        auxk, pre_norm, n_dead = self.auxiliary_loss(x_BD, y_BE, x_hat_BE, fired_F)
         loss = error + self.cfg.auxk_alpha * auxk
         terms |= {
             "auxk_loss": auxk,
@@ -142,10 +144,10 @@ class TopKTrainer(SAETrainer):
             "dead_features": n_dead,
             "pre_norm_auxk_loss": pre_norm,
         }
-        return LossOutput(loss, x_hat_BD, f, fired_F, terms)
+        return LossOutput(loss, x_hat_BE, f, fired_F, terms)
 
     def auxiliary_loss(
-        self, x_BD: Tensor, x_hat_BD: Tensor, fired_F: Tensor
+        self, x_BD: Tensor, y_BE: Tensor, x_hat_BE: Tensor, fired_F: Tensor
     ) -> tuple[Tensor | float, Tensor | float, Tensor | int]:
         """(loss, the same before normalisation, number of dead latents); section 2.4 and appendix A.2 of the paper.
 
@@ -160,15 +162,17 @@ class TopKTrainer(SAETrainer):
         dead_A, n_dead = dead_F.index_select(0, latent_A), self.shard.sum(dead_F.sum())
         ae, k = self.ae, min(self.top_k_aux, n_all)
         encoder_AD, bias_A = ae.encoder_FD.index_select(0, latent_A), ae.encoder_bias_F.index_select(0, latent_A)
-        f_BA = torch.where(dead_A, torch.relu(linear(x_BD - ae.b_dec, encoder_AD, bias_A)), 0)
+        c_D = ae.subtracted_D
+        f_BA = torch.relu(linear(x_BD if c_D is None else x_BD - c_D, encoder_AD, bias_A))
+        f_BA = torch.where(dead_A, f_BA, 0)
         top = f_BA.topk(min(k, n_own), dim=1, sorted=False)
         candidates_BK = torch.nn.functional.pad(top.values.detach(), (0, k - top.values.shape[1]), value=-torch.inf)
         chosen_BK = self.shard.largest_of_each_token(candidates_BK, k)[:, : top.values.shape[1]]
         f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, torch.where(chosen_BK, top.values, 0))
-        x_aux_BD = self.shard.sum(linear(f_BA, ae.decoder_FD.index_select(0, latent_A).T))
-        residual_BD = (x_BD - x_hat_BD).detach()
-        error = squared_error(residual_BD.float(), x_aux_BD.float())
-        variance = squared_error(residual_BD.float(), residual_BD.mean(dim=0).float().expand_as(residual_BD))
+        x_aux_BE = self.shard.sum(linear(f_BA, ae.decoder_FD.index_select(0, latent_A).T))
+        residual_BE = (y_BE - x_hat_BE).detach()
+        error = squared_error(residual_BE.float(), x_aux_BE.float())
+        variance = squared_error(residual_BE.float(), residual_BE.mean(dim=0).float().expand_as(residual_BE))
         loss, some = (error / variance).nan_to_num(0.0), n_dead > 0
         return torch.where(some, loss, 0), torch.where(some, error.detach(), -1), n_dead
 

@@ -3,7 +3,7 @@
 A trainer is a config dataclass, a few class attributes and a `loss` that reads and never writes.  What a step changes
 is changed in one place, `update`, after the loss is known: logging can look at a loss as often as it likes.
 
-B tokens in the batch, D activation_dim, F dict_size.
+B tokens in the batch, D activation_dim, E output_dim (D unless it is a transcoder), F dict_size.
 """
 
 import copy
@@ -38,11 +38,20 @@ class TrainerConfig:
     submodule_name: str | None = None
     dict_class: type[Dictionary] | None = None
     dead_feature_threshold: int = 10_000_000  # tokens of silence after which a latent counts as dead
+    site: str = "resid_post"  # of the layer, whose activations are read
+    site_out: str | None = None  # whose activations are predicted: of a transcoder another one
+    output_dim: int | None = None  # of these, by default activation_dim
+    skip: bool = False  # of a transcoder: it also learns a linear path from x to y
 
     def __post_init__(self) -> None:
         if self.lr is None:  # Gao et al. 2024, appendix A.3
             self.lr = 2e-4 / (self.dict_size / 2**14) ** 0.5
-        self.check_range("lr", "dict_size", "activation_dim", "steps", positive=True)
+        self.site_out, self.output_dim = self.site_out or self.site, self.output_dim or self.activation_dim
+        self.check_range("lr", "dict_size", "activation_dim", "output_dim", "steps", positive=True)
+        if not self.is_transcoder and (self.skip or self.output_dim != self.activation_dim):
+            raise ValueError(
+                "skip and another output_dim are for transcoders: site_out must be another site than site."
+            )
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps must be at least 0 and below steps, got {self.warmup_steps} of {self.steps}."
@@ -52,6 +61,15 @@ class TrainerConfig:
                 "decay_start must lie between warmup_steps and steps, "
                 f"got warmup_steps {self.warmup_steps}, decay_start {self.decay_start}, steps {self.steps}."
             )
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.site_out != self.site
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """What the constructor of an SAE is told of what it predicts."""
+        return {"output_dim": self.output_dim, "skip": self.skip} if self.is_transcoder else {}
 
     def check_range(self, *names: str, positive: bool = False) -> None:
         """ValueError for settings of these names that are negative or no finite number; `positive`: or 0."""
@@ -87,7 +105,7 @@ class LossOutput(NamedTuple):
     """What a loss says of one batch."""
 
     loss: Tensor  # scalar
-    x_hat_BD: Tensor
+    x_hat_BD: Tensor  # (B, E) of a transcoder
     f: Features
     fired_F: Tensor  # bool: latents that were active in the batch
     terms: Terms  # logged scalars
@@ -161,13 +179,14 @@ class SAETrainer(nn.Module):
 
     def build(self) -> Dictionary:
         dict_class = self.cfg.dict_class or self.dict_class
-        return dict_class(self.cfg.activation_dim, self.cfg.dict_size, generator=self.generator)  # pyright: ignore[reportCallIssue]
+        sizes = self.cfg.activation_dim, self.cfg.dict_size
+        return dict_class(*sizes, generator=self.generator, **self.cfg.target)  # pyright: ignore[reportCallIssue]
 
-    def loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        """The training loss of a batch at a step.  Reads, never writes."""
+    def loss(self, x_BD: Tensor, step: int, y_BE: Tensor | None = None) -> LossOutput:
+        """The training loss of a batch at a step.  Reads, never writes.  y_BE: what a transcoder is to predict."""
         raise NotImplementedError
 
-    def initialize(self, x_BD: Tensor) -> None:
+    def initialize(self, x_BD: Tensor, y_BE: Tensor | None = None) -> None:
         """Called once, with the first batch, before its loss; `begun` says whether the weights are trained ones."""
 
     def after_step(self, step: int, out: LossOutput) -> None:
@@ -175,12 +194,22 @@ class SAETrainer(nn.Module):
 
     # -- the step
 
-    def update(self, step: int, activations: Tensor) -> LossOutput:
-        """One optimiser step on activations x_BD; returns what the loss said of them before it."""
-        x_BD = activations.to(self.device)
+    def offset(self, x_BD: Tensor) -> Tensor:
+        """What a reconstruction has beside its features: the output bias (E,), or (B, E) with the skip."""
+        ae = self.ae
+        bias_E = self.shard.once(ae.get_parameter(ae.output_bias))
+        return bias_E if ae.W_skip is None else bias_E + x_BD @ self.shard.once(ae.W_skip)
+
+    def update(self, step: int, activations: Tensor, targets: Tensor | None = None) -> LossOutput:
+        """One optimiser step on activations x_BD; returns what the loss said of them before it.
+
+        targets: y_BE at the same positions, which a transcoder is to predict.
+        """
+        batch = (activations,) if targets is None else (activations, targets)
+        x_BD, *y_BE = (part.to(self.device) for part in batch)
         if step == 0:
-            self.initialize(x_BD)
-        out = self.loss(x_BD, step)
+            self.initialize(x_BD, *y_BE)
+        out = self.loss(x_BD, step, *y_BE)
         out.loss.backward()
         with torch.autocast(self.device.type, enabled=False):
             self.optimizer.step(self.ae, self.lr(step), out.loss.detach(), self.stopped)
@@ -247,7 +276,7 @@ class SAETrainer(nn.Module):
         fields = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(self.cfg)}
         fields |= {
             "device": str(self.device),
-            "dict_class": type(self.ae).__name__,
+            "dict_class": self.ae.class_name,
             "dead_feature_threshold": self.dead_feature_threshold,
         }
         return {"trainer_class": type(self).__name__, **fields}

@@ -56,4 +56,4 @@ def test_what_sparsify_writes_computes_here_what_it_computes_there(settings, tmp
     ae, config = load_dictionary(folder)
     torch.testing.assert_close(ae.encode(expected["x"]), expected["f"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ae(expected["x"]), expected["y"], rtol=1e-6, atol=2e-6)
-    assert config["trainer"]["layer"] == 3 and config["trainer"]["site_out"] == "mlp_out"
+    assert config["trainer"]["layer"] == 3 and config["trainer"]["site_out"] == "mlp"

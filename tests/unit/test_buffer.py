@@ -43,7 +43,13 @@ class Texts:
 class TaggingLM:
     """x = (token id + layer / 10, 1000, 0, 0), and in the layers of `outliers` 100 times that at its token ids."""
 
-    name, device, dtype, activation_dim = "a model", torch.device("cpu"), torch.float32, D
+    name, device, dtype = "a model", torch.device("cpu"), torch.float32
+
+    def width(self, place):
+        return D
+
+    def hook_name(self, place):
+        return f"blocks.{place}"
 
     def __init__(self, outliers: dict[int, set[int]] | None = None, most_texts: int = 1000):
         self.outliers, self.most_texts = outliers or {}, most_texts
@@ -268,7 +274,7 @@ def test_too_little_text_for_one_batch(n):
 
 def test_a_model_without_a_single_number(monkeypatch):
     lm = TaggingLM()
-    broken = SimpleNamespace(**{name: getattr(lm, name) for name in ("name", "device", "dtype", "activation_dim")})
+    broken = SimpleNamespace(**{name: getattr(lm, name) for name in ("name", "device", "dtype", "width")})
     broken.activations = lambda tokens, mask, layers: {
         layer: torch.full((*tokens.shape, D), float("nan"), dtype=lm.dtype) for layer in layers
     }

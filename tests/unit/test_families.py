@@ -153,8 +153,8 @@ def test_sparsify(kind, tmp_path, x_BD):
         y_BD,
         format="sparsify",
         layer=5,
-        site="mlp_in" if transcode else "mlp_out",
-        site_out="mlp_out",
+        site="mlp_in" if transcode else "mlp",
+        site_out="mlp",
     )
 
 
@@ -249,7 +249,7 @@ def test_circuit_tracer(kind, tmp_path, x_BD):
     pre_BF = x_BD @ t["W_enc"] + t["b_enc"]
     f_BF = jump(pre_BF, t["threshold"]) if kind == "jump_relu" else pre_BF.relu()
     y_BE = f_BF @ t["W_dec"] + t["b_dec"] + (x_BD @ t["W_skip"] if kind == "skip" else 0)
-    check(path / "layer_9.safetensors", x_BD, f_BF, y_BE, layer=9, site="mlp_in", site_out="mlp_out")
+    check(path / "layer_9.safetensors", x_BD, f_BF, y_BE, layer=9, site="mlp_in", site_out="mlp")
 
 
 def test_hook_z(tmp_path, x_BD):
@@ -495,9 +495,25 @@ def test_a_decoder_row_of_zeros_makes_no_nan(tmp_path, x_BD):
 
 def test_what_has_no_class_of_ours_is_not_converted(tmp_path, capsys):
     t = tensors(E)
-    path = folder(tmp_path, "plt", {"layer_9.safetensors": {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"]}})
+    files = {"layer_9.safetensors": {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"]}}
+    cfg = {"activation": "topk", "k": K}  # keeps what is below 0
+    path = folder(tmp_path, "plt", files | {"config.yaml": cfg})
     assert convert([str(path / "layer_9.safetensors"), str(tmp_path / "ours")]) == 2
     assert "no class of ours" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("kind", ["relu", "jump_relu", "skip"])
+def test_a_transcoder_is_converted_to_ours(kind, tmp_path, x_BD):
+    t = tensors(E)
+    stored = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"], "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    stored |= {"activation_function.threshold": t["threshold"]} if kind == "jump_relu" else {}
+    stored |= {"W_skip": t["W_skip"].T} if kind == "skip" else {}
+    path = folder(tmp_path, "plt", {"layer_9.safetensors": stored}) / "layer_9.safetensors"
+    assert convert([str(path), str(tmp_path / "ours")]) == 0
+    theirs, (ours, config) = load_dictionary(path)[0], load_dictionary(tmp_path / "ours")
+    assert config["trainer"]["dict_class"].endswith("Transcoder") and config["trainer"]["output_dim"] == E
+    y_BE, f_BF = theirs(x_BD, output_features=True)
+    assert torch.allclose(ours(x_BD), y_BE, atol=1e-5) and torch.allclose(ours.encode(x_BD), f_BF, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_reports_of_a_run_folder(tiny_model_folder, text_file, tmp_path):
     objects = Page(pages[0].read_text()).objects()
     index = objects["index"]
     assert 400 <= index["tokens"] <= 8192 and index["l0"]["mean"] <= 4
-    assert {"Model", "Layer", "Text"} <= {name for name, _ in index["facts"]}
+    assert {"Model", "Place", "Text"} <= {name for name, _ in index["facts"]}
     bos = index["vocabulary"].index("<|endoftext|>")
     for latent in objects["latents-0"]:  # the mask of training holds here: no latent is shown firing on bos
         for _, _, examples in latent["groups"]:

@@ -77,7 +77,7 @@ def test_the_first_interrupt_is_noted_and_the_second_acts_at_once():
 def trained(workers: int, tmp_path, steps: int = STEPS, state=None) -> Loop:
     """The loop of six SAEs after so many steps."""
     configs = [{**config, "seed": seed} for config in CONFIGS for seed in range(3)]
-    runs = make_runs(configs, [tmp_path / f"{workers}_{i}" for i in range(6)], lambda layer: {})
+    runs = make_runs(configs, [tmp_path / f"{workers}_{i}" for i in range(6)], lambda *places: {})
     batches = ({0: x_BD} for x_BD in Batches(STEPS))
     loop = Loop(runs, batches, {0: 1.0}, STEPS, log_steps=7, show_progress=False, workers=workers)
     if state is not None:
@@ -106,7 +106,7 @@ def test_a_resumed_loop_steps_saes_as_it_did_before(tmp_path):
 def test_shares_of_saes_are_never_stepped_side_by_side(tmp_path):
     """Their steps talk to other processes, which take the SAEs in turn."""
     state = trained(2, tmp_path, 3).state_dict()
-    runs = make_runs(CONFIGS, [None] * 2, lambda layer: {}, shard=Shard(0, 2))
+    runs = make_runs(CONFIGS, [None] * 2, lambda *places: {}, shard=Shard(0, 2))
     with pytest.raises(ValueError, match="leave --sae_threads out"):
         Loop(runs, iter([]), {0: 1.0}, STEPS, workers=2)
     loop = Loop(runs, iter([]), {0: 1.0}, STEPS)
@@ -117,7 +117,7 @@ def test_shares_of_saes_are_never_stepped_side_by_side(tmp_path):
 
 
 def test_an_sae_that_fails_beside_others_stops_alone(tmp_path):
-    runs = make_runs(CONFIGS, [tmp_path / "0", tmp_path / "1"], lambda layer: {})
+    runs = make_runs(CONFIGS, [tmp_path / "0", tmp_path / "1"], lambda *places: {})
     with torch.no_grad():
         runs[0].trainer.ae.encoder.weight[0, 0] = torch.inf
     Loop(runs, ({0: x} for x in Batches(STEPS)), {0: 1.0}, STEPS, show_progress=False, workers=2).train()
