@@ -314,11 +314,14 @@ class Anatomy:
         return self.mlps
 
     def _after(self, call: _Call) -> _Call:
-        """The last of the modules without matrices, norms and dropouts, that take one another's output as it is."""
+        """The last of the modules without matrices that take one another's output as it is and change it: norms."""
+        made = call.made
         for later in self.parts:
             once = sum(other.module is later.module for other in self.calls) == 1
-            if later.began > call.began and later.given is call.made and once and not _has_matrix(later.module):
-                call = later
+            if later.began > call.began and later.given is made and once and not _has_matrix(later.module):
+                made = later.made
+                if not torch.equal(later.made_NW, call.made_NW):  # as a dropout would not
+                    call = later
         return call
 
     def _leaves(self, call: _Call) -> list[_Call]:
