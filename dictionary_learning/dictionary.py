@@ -104,8 +104,11 @@ class Dictionary(nn.Module):
         return cls.from_state(state).to(device=device, dtype=dtype)
 
 
-def _empty_linear(in_dim: int, out_dim: int, bias: bool) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_dim, out_dim, bias=bias)  # pyright: ignore[reportReturnType]
+class _EmptyLinear(nn.Linear):
+    """An `nn.Linear` that draws no values: those come from `_draw_linear`, or from a file."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def _draw_linear(weight: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:
@@ -127,9 +130,11 @@ def _normal(activation_dim: int, dict_size: int, generator: torch.Generator | No
     return w_DF if w_DF.is_meta else w_DF.normal_(generator=generator)
 
 
-def _norms(weight_DF: Tensor) -> Tensor:
-    """(1, F)"""
-    return weight_DF[:1] if weight_DF.is_meta else weight_DF.norm(dim=0, keepdim=True)
+def _of_norm(weight_DF: Tensor, norm: float = 1.0, eps: float = 0.0) -> Tensor:
+    """Columns over (their norm + eps), times `norm`."""
+    if weight_DF.is_meta:
+        return weight_DF
+    return weight_DF / (weight_DF.norm(dim=0, keepdim=True) + eps) * norm
 
 
 def unit_rows(weight_FD: Tensor, eps: float = 0.0) -> Tensor:
@@ -158,13 +163,12 @@ class AutoEncoder(Dictionary):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self.bias = nn.Parameter(torch.zeros(activation_dim))
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, activation_dim, bias=False)
         # the encoder's bias keeps its uniform draw: so does the reference's
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF) * 0.1
+        w_DF = _of_norm(_normal(activation_dim, dict_size, generator), 0.1)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
 
@@ -216,12 +220,11 @@ class AutoEncoderNew(Dictionary):
     def __init__(self, activation_dim: int, dict_size: int, generator: torch.Generator | None = None):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=True)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, activation_dim, bias=True)
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, self.decoder.bias, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF) * 0.1
+        w_DF = _of_norm(_normal(activation_dim, dict_size, generator), 0.1)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
         nn.init.zeros_(self.encoder.bias)
@@ -253,15 +256,14 @@ class GatedAutoEncoder(Dictionary):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self.decoder_bias = nn.Parameter(torch.zeros(activation_dim))
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=False)
         self.r_mag = nn.Parameter(torch.zeros(dict_size))
         self.gate_bias = nn.Parameter(torch.zeros(dict_size))
         self.mag_bias = nn.Parameter(torch.zeros(dict_size))
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
+        self.decoder = _EmptyLinear(dict_size, activation_dim, bias=False)
         _draw_linear(self.encoder.weight, None, generator)
         _draw_linear(self.decoder.weight, None, generator)
-        w_DF = _normal(activation_dim, dict_size, generator)
-        w_DF = w_DF / _norms(w_DF)
+        w_DF = _of_norm(_normal(activation_dim, dict_size, generator))
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
 
@@ -411,11 +413,11 @@ class BatchTopKSAE(TopKDictionary):
         super().__init__()
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self._add_buffers(k)
-        self.decoder = _empty_linear(dict_size, activation_dim, bias=False)
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, activation_dim, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
         _draw_linear(self.decoder.weight, None, generator)
         w_DF = self.decoder.weight.detach()
-        w_DF = w_DF / (_norms(w_DF) + torch.finfo(w_DF.dtype).eps)
+        w_DF = _of_norm(w_DF, eps=torch.finfo(w_DF.dtype).eps)
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_DF)
         nn.init.zeros_(self.encoder.bias)

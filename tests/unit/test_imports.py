@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "world": "kernels",
     "trainers": "dictionary kernels",
     "sweep": "trainers",
-    "formats": "dictionary files",
+    "formats": "dictionary files network",
     "utils": "formats",
     "start": "dictionary formats",
     "state": "files world",
