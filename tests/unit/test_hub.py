@@ -417,7 +417,6 @@ def stored(content: dict, tmp_path: Path, name: str) -> bytes:
 
 
 def test_a_file_at_the_root_and_a_folder_download_what_they_need(server, tmp_path, monkeypatch):
-    # as with ENDPOINT, what the module has of it is of the time of its import
     draw = torch.Generator().manual_seed(0)
     W_FD, b_F, b_D = torch.randn(12, 4, generator=draw), torch.zeros(12), torch.zeros(4)
     qwen = stored({"W_enc": W_FD, "W_dec": W_FD.T.clone(), "b_enc": b_F, "b_dec": b_D}, tmp_path, "layer3.sae.pt")

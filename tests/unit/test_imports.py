@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "model_card": "files plotting",
     "hub": "files model_card",
     "reading": "data model sweep world",
-    "report": "buffer data dictionary files formats model plotting reading tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sweep world",
+    "report": "buffer data dictionary files formats model plotting reading results tokenizer",
     "plan": "cache data model reading start sweep world",
     "run": "buffer cache data files hub kernels model plan plotting reading report results start state sweep tracking "
     "training world",
