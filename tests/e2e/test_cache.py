@@ -263,6 +263,25 @@ def test_killed_while_they_are_written(fixed, written, tmp_path):
     assert content(tmp_path / "cache") == content(written), moments
 
 
+def test_a_cache_that_another_run_writes_is_left_to_it(fixed, written, tmp_path, capsys):
+    command = writer(fixed, tmp_path / "cache", "--cache_only")
+    first = Killed(command).process
+    try:
+        while not list((tmp_path / "cache").rglob("*.safetensors")) and first.poll() is None:
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)  # it is in the midst of it
+        for only in (["--cache_only"], ["--no_eval"]):
+            assert main(*writer(fixed, tmp_path / "cache", *only)) == 2
+            error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert error == [f"error: another run is writing {tmp_path / 'cache'}: wait until it has ended, or choose "
+                             "another folder for --cache."]  # fmt: skip
+    finally:
+        first.send_signal(signal.SIGCONT)
+        _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors[-2000:]
+    assert content(tmp_path / "cache") == content(written)
+
+
 def test_two_processes_write_and_read_their_own_shards(fixed, tmp_path):
     from test_world import finish, torchrun
 
