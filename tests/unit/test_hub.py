@@ -340,6 +340,16 @@ def test_the_card_tells_what_ended_early_and_what_was_skipped(run_folder):
     assert "skipped" not in (model_card(run_folder, "alice/saes") or "")
 
 
+def test_the_card_tells_what_the_saes_started_from(run_folder):
+    record = read_json(run_folder / "run.json")
+    for started in ("alice/older/tiny_all", None):
+        settings = record["settings"] | {"init_from": started}
+        write_json(run_folder / "run.json", record | {"settings": settings})
+        _, _, training = (model_card(run_folder, "alice/saes") or "").partition("### Training")
+        assert ("- Started from: the SAEs of `alice/older/tiny_all`\n" in training) == (started is not None)
+        assert ("Started from" in training) == (started is not None)
+
+
 @pytest.mark.parametrize(
     "results, sentence",
     [
