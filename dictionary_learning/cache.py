@@ -81,7 +81,7 @@ def begin(folder: str | Path, content: Mapping[str, Any]) -> None:
     """Make the index of a cache, or see that the cache that is there is of the same; ValueError where it is not."""
     path = Path(folder) / INDEX
     if not path.exists():
-        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        if Path(folder).is_file() or (Path(folder).is_dir() and any(Path(folder).iterdir())):
             raise ValueError(f"{folder} exists and holds other things: choose another folder for --cache.")
         write_json(path, {"version": VERSION, **content})
     there = read_index(folder)
@@ -140,7 +140,18 @@ def held(folder: str | Path, n: int) -> tuple[int, int]:
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / INDEX)["files"] if (folder / INDEX).exists() else []
+    """What the index of a shard says of its files; ValueError where it is not whole."""
+    path = folder / INDEX
+    if not path.exists():
+        return []
+    try:
+        entries = read_json(path)["files"]
+        for entry in entries:
+            _ = [entry[key] for key in ("file", "full", "text", "rows", "skipped")], sum(entry["sum"][:1])
+            _ = sum(batch[0] for batch in entry["batches"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: restore it from a copy, or write the activations anew.") from error
+    return entries
 
 
 @dataclass

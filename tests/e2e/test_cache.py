@@ -202,6 +202,26 @@ def test_activations_that_do_not_fit_are_refused(flags, sentence, fixed, written
     assert error.startswith("error: ") and error.count("\n") == 1 and re.search(sentence, error), error
 
 
+@pytest.mark.parametrize("key", ["files", "file", "sum", "full", "batches", "text"])
+def test_a_damaged_index_of_a_shard_is_one_sentence(key, fixed, written, tmp_path, capsys):
+    folder = shutil.copytree(written, tmp_path / "cache")
+    path = folder / "text_0" / "index.json"
+    path.write_text(path.read_text().replace(f'"{key}"', f'"{key[1:]}"', 1))
+    commands = [[*settings_from_cache(fixed), "--activations", folder], writer(fixed, folder, "--cache_only")]
+    for command in commands:
+        assert main(*command, "--num_tokens", 2000, "--save_dir", tmp_path) == 2
+        assert capsys.readouterr().err.endswith(
+            f"error: {path} is damaged: restore it from a copy, or write the activations anew.\n"
+        )
+
+
+def test_a_file_is_no_place_for_a_cache(fixed, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    assert main(*writer(fixed, tmp_path / "notes", "--cache_only")) == 2
+    assert "notes exists and holds other things" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_activations_of_another_model_are_refused(fixed, written, tiny_model_folder, tmp_path, capsys):
     other = shutil.copytree(tiny_model_folder, tmp_path / "other")
     read = [*settings_from_cache(fixed), "--num_tokens", 2000, "--activations", written, "--save_dir", tmp_path]
