@@ -9,12 +9,15 @@ Padding is left out, and so are the marks between the texts where the mask leave
 outliers depends on the places that are read, so those are kept, and masked on reading as they are behind the model:
 SAEs trained on any of the places get the bits of a run that reads the text.
 
+Who writes a shard holds the lock of its folder, which ends with the process, however this ends.
+
 A file gets its name when all of it is on the disk, and counts when the index names it. So a kill loses at most what was
 not in a file yet, and the text goes on behind the last batch that is.
 
 P positions of one LLM batch, or of all in a file; D the width of a place.
 """
 
+import fcntl
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +36,7 @@ from .files import read_json, size_and_sum, write_atomic, write_json
 from .pretrained import same_model
 from .sites import RESID_POST, Place, key_of, name_of, place_at
 
-INDEX = "index.json"
+INDEX, LOCK = "index.json", ".lock"
 FILE_BYTES = 2**26  # a file ends with the LLM batch that reaches this size
 VERSION = 1
 
@@ -86,10 +89,9 @@ def begin(folder: str | Path, content: Mapping[str, Any]) -> None:
     """Make the index of a cache, or see that the cache that is there is of the same; ValueError where it is not."""
     path = Path(folder) / INDEX
     if not path.exists():
-        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        if Path(folder).is_file() or (Path(folder).is_dir() and any(Path(folder).iterdir())):
             raise ValueError(f"{folder} exists and holds other things: choose another folder for --cache.")
         write_json(path, {"version": VERSION, **content})
-        return
     there = read_index(folder)
     differs = [
         f"{name} was {there['settings'].get(name)}, is {value}"
@@ -116,6 +118,22 @@ def shard_folder(folder: str | Path, shard: int) -> Path:
     return Path(folder) / f"text_{shard}"
 
 
+def _lock(folder: Path) -> Any:
+    """An open file that holds the lock of a folder; ValueError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"another run is writing {folder.parent}: wait until it has ended, or choose another folder for --cache."
+        ) from error
+    except OSError as error:  # some network file systems have none
+        warnings.warn(f"{folder} cannot be locked ({error}): let no other run write it meanwhile", stacklevel=2)
+    return file
+
+
 def n_shards(folder: str | None) -> int | None:
     """The shards of the text in a cache; None where there is no cache yet."""
     if folder is None or not (Path(folder) / INDEX).exists():
@@ -130,7 +148,18 @@ def held(folder: str | Path, n: int) -> tuple[int, int]:
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / INDEX)["files"] if (folder / INDEX).exists() else []
+    """What the index of a shard says of its files; ValueError where it is not whole."""
+    path = folder / INDEX
+    if not path.exists():
+        return []
+    try:
+        entries = read_json(path)["files"]
+        for entry in entries:
+            _ = [entry[key] for key in ("file", "full", "text", "rows", "skipped")], sum(entry["sum"][:1])
+            _ = sum(batch[0] for batch in entry["batches"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: restore it from a copy, or write the activations anew.") from error
+    return entries
 
 
 @dataclass
@@ -162,6 +191,7 @@ class CachedText:
     def __init__(self, folder: Path, layers: Sequence[Place], text: Any = None, epochs: int = 1):
         self.folder, self.layers, self.text = folder, layers, text
         self.epochs = 1 if text is not None else epochs
+        self._locked = None if text is None else _lock(folder)
         self._entries = _entries(folder)
         self._pending: list[Positions] = []  # of the last file, which is not full
         self._next = 0
@@ -222,6 +252,8 @@ class CachedText:
             self._reader.shutdown(cancel_futures=True)
         if self.text is not None:
             self.text.close()
+        if self._locked is not None:
+            self._locked.close()
 
     # -- reading
 

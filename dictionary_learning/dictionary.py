@@ -174,8 +174,11 @@ class Dictionary(nn.Module):
         return cls.from_state(state).to(device=device, dtype=dtype)
 
 
-def _empty_linear(in_dim: int, out_dim: int, bias: bool) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_dim, out_dim, bias=bias)  # pyright: ignore[reportReturnType]
+class _EmptyLinear(nn.Linear):
+    """An `nn.Linear` that draws no values: those come from `_draw_linear`, or from a file."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def _draw_linear(weight: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:
@@ -195,12 +198,10 @@ def _normal_pair(
     activation_dim: int, output_dim: int, dict_size: int, generator: torch.Generator | None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(w_DF, w_EF) with columns of norm `scale`: one and the same where the widths are."""
-    w_DF = _normal(activation_dim, dict_size, generator)
-    w_DF = w_DF / _norms(w_DF) * scale
+    w_DF = _of_norm(_normal(activation_dim, dict_size, generator), scale)
     if output_dim == activation_dim:
         return w_DF, w_DF
-    w_EF = _normal(output_dim, dict_size, generator)
-    return w_DF, w_EF / _norms(w_EF) * scale
+    return w_DF, _of_norm(_normal(output_dim, dict_size, generator), scale)
 
 
 # Without values (see `from_state`) draws and norms are of no use, and the first ones take torch seconds.
@@ -209,9 +210,11 @@ def _normal(activation_dim: int, dict_size: int, generator: torch.Generator | No
     return w_DF if w_DF.is_meta else w_DF.normal_(generator=generator)
 
 
-def _norms(weight_DF: Tensor) -> Tensor:
-    """(1, F)"""
-    return weight_DF[:1] if weight_DF.is_meta else weight_DF.norm(dim=0, keepdim=True)
+def _of_norm(weight_DF: Tensor, norm: float = 1.0, eps: float = 0.0) -> Tensor:
+    """Columns over (their norm + eps), times `norm`."""
+    if weight_DF.is_meta:
+        return weight_DF
+    return weight_DF / (weight_DF.norm(dim=0, keepdim=True) + eps) * norm
 
 
 def _uniform_pair(
@@ -261,8 +264,8 @@ class AutoEncoder(Dictionary):
         super().__init__()
         E = self._make(activation_dim, dict_size, output_dim, skip)
         self.bias = nn.Parameter(torch.zeros(E))
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, E, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, E, bias=False)
         # the encoder's bias keeps its uniform draw: so does the reference's
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, None, generator)
@@ -326,8 +329,8 @@ class AutoEncoderNew(Dictionary):
     ):
         super().__init__()
         E = self._make(activation_dim, dict_size, output_dim, skip)
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
-        self.decoder = _empty_linear(dict_size, E, bias=True)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, E, bias=True)
         _draw_linear(self.encoder.weight, self.encoder.bias, generator)
         _draw_linear(self.decoder.weight, self.decoder.bias, generator)
         w_DF, w_EF = _normal_pair(activation_dim, E, dict_size, generator, scale=0.1)
@@ -369,11 +372,11 @@ class GatedAutoEncoder(Dictionary):
         super().__init__()
         E = self._make(activation_dim, dict_size, output_dim, skip)
         self.decoder_bias = nn.Parameter(torch.zeros(E))
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=False)
         self.r_mag = nn.Parameter(torch.zeros(dict_size))
         self.gate_bias = nn.Parameter(torch.zeros(dict_size))
         self.mag_bias = nn.Parameter(torch.zeros(dict_size))
-        self.decoder = _empty_linear(dict_size, E, bias=False)
+        self.decoder = _EmptyLinear(dict_size, E, bias=False)
         _draw_linear(self.encoder.weight, None, generator)
         _draw_linear(self.decoder.weight, None, generator)
         w_DF, w_EF = _normal_pair(activation_dim, E, dict_size, generator)
@@ -535,11 +538,11 @@ class BatchTopKSAE(TopKDictionary):
         super().__init__()
         E = self._make(activation_dim, dict_size, output_dim, skip)
         self._add_buffers(k)
-        self.decoder = _empty_linear(dict_size, E, bias=False)
-        self.encoder = _empty_linear(activation_dim, dict_size, bias=True)
+        self.decoder = _EmptyLinear(dict_size, E, bias=False)
+        self.encoder = _EmptyLinear(activation_dim, dict_size, bias=True)
         _draw_linear(self.decoder.weight, None, generator)
         w_EF = self.decoder.weight.detach()
-        w_EF = w_EF / (_norms(w_EF) + torch.finfo(w_EF.dtype).eps)
+        w_EF = _of_norm(w_EF, eps=torch.finfo(w_EF.dtype).eps)
         w_DF = w_EF if E == activation_dim else _normal_pair(activation_dim, activation_dim, dict_size, generator)[0]
         self.encoder.weight = nn.Parameter(w_DF.T.contiguous())
         self.decoder.weight = _rows(w_EF)

@@ -7,6 +7,7 @@ writing them takes for granted.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -241,7 +242,7 @@ def load_model(
             **options,
         )
     if origin.adapter is not None:
-        model = _with_adapter(model, origin)
+        model = _with_adapter(model, origin, skeleton)
     if info["mismatched_keys"]:
         key, found, wanted = sorted(info["mismatched_keys"])[0]
         sizes = f"{list(found)} where the config says {list(wanted)}"
@@ -284,13 +285,39 @@ def _placement(
     return {"device_map": device_map or {"": str(device)}, "quantization_config": BitsAndBytesConfig(**form)}
 
 
-def _with_adapter(model: Any, origin: Pretrained) -> Any:
-    """The model with the weights of its adapter merged in; of layers that were cut, the adapter's are left out."""
+def _with_adapter(model: Any, origin: Pretrained, skeleton: Any) -> Any:
+    """The model with the weights of its adapter merged in; of layers that were cut, the adapter's are left out.
+
+    skeleton: the whole model. ValueError where none of the adapter's weights belongs to it; some are warned about.
+    """
     needs_extra("peft", "adapters", f"{origin.name!r} is a PEFT adapter (LoRA), which")
     from peft import PeftModel  # pyright: ignore[reportMissingImports]
+    from peft.utils import load_peft_weights  # pyright: ignore[reportMissingImports]
 
     with origin.one_sentence():
+        names = list(load_peft_weights(str(origin.adapter), device="cpu"))
+    strange = [name for name in names if not _names_module(skeleton, name)]
+    if len(strange) == len(names):
+        what = f"has no weights of {origin.source}" + (f", but such as {strange[0]}" if strange else "")
+        raise ValueError(f"cannot load {origin.name!r}: the adapter {what}")
+    if strange:
+        what = f"{len(strange)} of the {len(names)} weights of the adapter {origin.name}"
+        warnings.warn(f"{what} belong to no module of {origin.source}, such as {strange[0]}: left out", stacklevel=3)
+    if not any(_names_module(model, name) for name in names):
+        return model  # all of them are of layers that were cut
+    with origin.one_sentence():
         return PeftModel.from_pretrained(model, str(origin.adapter)).merge_and_unload()
+
+
+def _names_module(model: nn.Module, name: str) -> bool:
+    """Whether what an adapter calls so belongs to a module of the model that has no others in it."""
+    module = model
+    for part in name.removeprefix("base_model.model.").split("."):
+        inner = dict(module.named_children())
+        if part not in inner:
+            break
+        module = inner[part]
+    return module is not model and not any(module.children())
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 function turns records into a matplotlib Figure of its own: pyplot and matplotlib's global settings are never touched.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -39,6 +40,17 @@ ARCHITECTURE_STYLES = {
     "MatryoshkaBatchTopKTrainer": Style("Matryoshka", "h", "#56B4E9"),
 }
 
+# class of an SAE: what trains such here
+COMPUTES_AS = {
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderNew": "StandardTrainerAprilUpdate",
+    "GatedAutoEncoder": "GatedSAETrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
+}
+
 # key of eval_results.json: (its name, what its values mean, whether its axis is logarithmic)
 PARETO_METRICS = {
     "frac_recovered": ("Loss recovered", "1 is the model itself, 0 the layer's output set to zero", False),
@@ -61,9 +73,9 @@ INK, FAINT, GRID = "#222222", "#6B6B6B", "#E6E6E6"
 
 @dataclass(frozen=True)
 class SAERecord:
-    """One SAE folder: `trainer` is that part of its config.json, `results` the finite numbers of its eval_results.json,
-    `said` its sentences ("error", "warning"), `history` the finite numbers of the lines of its metrics.jsonl; empty
-    where a file is missing or broken."""
+    """One SAE folder: `trainer` is that part of its config.json, or what its results say of an SAE without a run (and
+    its "format"), `results` the finite numbers of its eval_results.json, `said` its sentences ("error", "warning"),
+    `history` the finite numbers of the lines of its metrics.jsonl; empty where a file is missing or broken."""
 
     folder: Path
     trainer: dict[str, Any]
@@ -73,8 +85,11 @@ class SAERecord:
 
     @property
     def style(self) -> Style:
+        """That of its trainer; of one that is not known, the looks of what computes alike, under a name of its own."""
         name = self.trainer["trainer_class"]
-        return ARCHITECTURE_STYLES.get(name, Style(name, "*", "#7F3FBF"))
+        alike = ARCHITECTURE_STYLES.get(COMPUTES_AS.get(str(self.trainer.get("dict_class")), ""))
+        other = Style(name, "*", "#7F3FBF") if alike is None else dataclasses.replace(alike, label=name)
+        return ARCHITECTURE_STYLES.get(name, other)
 
     @property
     def width(self) -> int:
@@ -91,7 +106,7 @@ class SAERecord:
     @property
     def sweep(self) -> tuple:
         """What one line of a Pareto plot connects: all but the sparsity setting."""
-        return self.trainer["trainer_class"], self.width, self.trainer.get("seed"), self.trainer.get("lr")
+        return self.trainer["trainer_class"], self.width, *(self.trainer.get(key) for key in ("seed", "lr", "format"))
 
 
 def read_runs(run_folders: Iterable[str | Path]) -> tuple[list[SAERecord], list[str]]:
@@ -108,14 +123,17 @@ def read_runs(run_folders: Iterable[str | Path]) -> tuple[list[SAERecord], list[
         if not run_folder.is_dir():
             raise ValueError(f"there is no run folder {run_folder}")
         # not `find_saes`: results are worth a picture without the weights
-        folders = sorted(path.parent for path in run_folder.rglob("config.json"))
+        folders = sorted(
+            {path.parent for name in ("config.json", "eval_results.json") for path in run_folder.rglob(name)}
+        )
         if not folders:
-            problems.append(f"{run_folder} holds no SAE: there is no config.json in it")
+            problems.append(f"{run_folder} holds no SAE: there is no config.json and no eval_results.json in it")
         for folder in folders:
-            trainer = _read(folder / "config.json", _trainer_settings, problems)
+            results = _read(folder / "eval_results.json", _object, told := []) or {}
+            trainer = _trainer_of_results(results) or _read(folder / "config.json", _trainer_settings, problems)
             if trainer is None:
                 continue
-            results = _read(folder / "eval_results.json", _object, problems) or {}
+            problems += told
             if "error" in results:
                 problems.append(f"{folder} could not be evaluated: {results['error']}")
             said = {key: value for key, value in results.items() if key in ("error", "warning") and value}
@@ -254,6 +272,15 @@ def _trainer_settings(text: str) -> dict[str, Any]:
     trainer = json.loads(text)["trainer"]
     needed = {"trainer_class": str, "dict_size": int, "layer": int}
     return trainer | {key: kind(trainer[key]) for key, kind in needed.items()}
+
+
+def _trainer_of_results(results: dict[str, Any]) -> dict[str, Any] | None:
+    """What the results of an SAE without a run say of it; None where they say nothing."""
+    try:
+        sae = results["hyperparameters"]["sae"]
+        return _trainer_settings(json.dumps(sae)) | {"format": (sae.get("source") or {}).get("format")}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .network import hub_is_reachable
+from .network import is_offline
 
 BUILT_IN = {"tiny-python": Path(__file__).parent / "assets" / "tiny-python"}
 OUT_OF_REACH = "the Hub cannot be reached, and the model is neither in the local cache nor a folder here"
@@ -35,9 +33,7 @@ class Pretrained:
         if (base := _base_of_adapter(Path(self.source))) is not None:
             self.adapter, revision, self.source = Path(self.source), base[1], str(BUILT_IN.get(base[0], base[0]))
         self.is_folder = Path(self.source).is_dir()
-        offline = not self.is_folder and _is_repo_id(self.source) and not hub_is_reachable()
-        if offline:
-            _say_offline(name)
+        offline = not self.is_folder and _is_repo_id(self.source) and is_offline(name)
         self.options: dict[str, Any] = {
             # resolved once, so that all files are of one commit
             "revision": resolve_revision(self.source, revision, local_files_only=offline),
@@ -134,15 +130,6 @@ def one_sentence(name: str, offline: bool = False, doing: str = "load") -> Itera
         raise
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(f"cannot {doing} {name!r}: {_why(error, name, offline).rstrip('.')}") from error
-
-
-@cache
-def _say_offline(name: str) -> None:
-    """Once for each model, as files of the cache may be older than those of the Hub."""
-    from huggingface_hub import is_offline_mode
-
-    if not is_offline_mode():
-        sys.stderr.write(f"the Hub cannot be reached: {name} is looked for in the local cache\n")
 
 
 def _is_repo_id(name: str) -> bool:

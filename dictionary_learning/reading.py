@@ -33,9 +33,13 @@ def evaluation_text(settings: Mapping[str, Any]) -> dict[str, Any]:
     return given | fixed | {"seed": settings.get("random_seeds", [0])[0]}
 
 
-def run_record(sae_folder: Path) -> Path | None:
-    """The run.json of an SAE's run, which lies in the folder of its layer's folder; None where there is none."""
-    places = [path / "run.json" for path in (sae_folder.absolute(), *sae_folder.absolute().parents[:2])]
+def run_record(sae: Path) -> Path | None:
+    """The run.json of an SAE's run, which lies in the folder of its layer's folder; None where there is none.
+
+    sae: its folder, or the file of one of its checkpoints.
+    """
+    folder = sae.absolute() if sae.is_dir() else sae.absolute().parents[1]
+    places = [path / "run.json" for path in (folder, *folder.parents[:2])]
     return next((place for place in places if place.is_file()), None)
 
 

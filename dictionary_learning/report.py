@@ -31,11 +31,12 @@ from dictionary_learning.buffer import Mask, position_mask
 from dictionary_learning.data import BUILT_IN, EVAL_DATASET, open_batches
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.files import read_json, write_atomic
-from dictionary_learning.formats import find_saes, load_dictionary
+from dictionary_learning.formats import load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
-from dictionary_learning.reading import evaluation_text, run_record
+from dictionary_learning.reading import evaluation_text
+from dictionary_learning.results import RESULTS, find_named, said_by
 from dictionary_learning.sites import Place, route_of, words_of, writes_residual
 from dictionary_learning.tokenizer import TextMarks
 
@@ -51,7 +52,7 @@ TOKENS_AT_A_TIME = 4096  # in the model
 ENTRIES_AT_A_TIME = 2**26  # of tokens times latents: 256 MiB in float32
 
 # key of eval_results.json: what it is called on the page
-RESULTS = {"l0": "L0", "frac_recovered": "Loss recovered", "frac_variance_explained": "Variance explained"}
+MEASURED = {"l0": "L0", "frac_recovered": "Loss recovered", "frac_variance_explained": "Variance explained"}
 
 
 class Events(NamedTuple):
@@ -343,7 +344,7 @@ class Subject(NamedTuple):
         return route_of(self.config["trainer"])
 
     def update(self, mask_BL: Tensor, x_by_place: Mapping[Place, Tensor], first_context: int) -> None:
-        mask, x_BLD = Mask.of(self.config.get("buffer", {})), x_by_place[self.route[0]]
+        mask, x_BLD = Mask.of(self.config.get("buffer") or {}), x_by_place[self.route[0]]
         read = {place: x_by_place[place] for place in self.route}
         keep_BL, _ = position_mask(mask_BL, read, mask.bounds(*read), mask.drop_bos)
         at_a_time = max(1, ENTRIES_AT_A_TIME // (x_BLD.shape[1] * self.ae.dict_size))
@@ -364,10 +365,12 @@ class Subject(NamedTuple):
         setting = next((key for key in ("k", "target_l0", "l1_penalty", "sparsity_penalty") if key in trainer), None)
         name = f"{architecture}, {setting} {trainer[setting]:g}" if setting else architecture
         facts = {"Model": lm.name, "Place": words_of(*self.route), "Architecture": architecture}
+        source = self.config.get("source") or {}
+        facts |= {"Source": f"{source.get('path')} ({source.get('format')})"} if source else {}
         facts |= {"Folder": "/".join(self.folder.absolute().parts[-3:]), "Text": text}
-        results_file = self.folder / "eval_results.json"
+        results_file = self.folder / RESULTS
         results = read_json(results_file) if results_file.is_file() else {}
-        for key, label in RESULTS.items():
+        for key, label in MEASURED.items():
             if results.get(key) is not None:
                 facts[label] = f"{results[key]:.4g}"
         subtitle = f"{lm.name}, {words_of(*self.route)}, {self.ae.dict_size:,} latents"
@@ -399,8 +402,9 @@ def gather(
 
 
 def write_reports(
-    folder: str | Path,
+    name: str | Path,
     *,
+    save_dir: str | Path = "saes",
     model: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
@@ -413,50 +417,55 @@ def write_reports(
     num_tokens: int = 500_000,
     device: str | None = None,
 ) -> list[Path]:
-    """Write `report.html` into every SAE folder in `folder` (or into itself, if it is one); returns the pages.
+    """Write `report.html` for an SAE, or into every SAE folder in a folder; returns the pages.
 
+    name: as `load_dictionary` takes it, or a folder of several SAEs. The page of what is no folder here goes into one
+    below `save_dir`, as its evaluation does.
     What is not given is as in the evaluation of the SAE's run, which its run.json tells: the model and how it is
-    loaded, and the text with its split, subset, column, chats and context length. Without one, the model is that of
-    config.json and the text python-stdlib's held-out part for the built-in model, else `data.EVAL_DATASET`. Reading
-    ends with the text, or with the batch that makes it `num_tokens`.
+    loaded, and the text with its split, subset, column, chats and context length. Without one, the model, the context
+    length and the bos are those of its config, and the text python-stdlib's held-out part for the built-in model, else
+    `data.EVAL_DATASET`. Reading ends with the text, or with the batch that makes it `num_tokens`.
     trust_remote_code is never taken from a file: a run folder of somebody else's would run their code.
     Raises ValueError where there is no SAE or it cannot be run; one that cannot be loaded is warned about.
     """
-    groups: dict[tuple[Path | None, str], list[tuple[Path, Dictionary, dict[str, Any]]]] = {}
-    for path in find_saes(folder):
+    groups: dict[str, tuple[Mapping[str, Any], list[tuple[Path, Dictionary, dict[str, Any]]]]] = {}
+    failures: dict[str, str] = {}
+    for named in find_named(str(name), Path(save_dir)):
         try:
-            ae, config = load_dictionary(path)
-            if not all(weights.isfinite().all() for weights in ae.parameters()):
-                raise ValueError("it has weights that are not finite")
-            lm_name = str(config["trainer"].get("lm_name") or "")
-            groups.setdefault((run_record(path), lm_name), []).append((path, ae, config))
+            ae, config = load_dictionary(named.name)
+            route_of(config["trainer"])  # or it says why there is none
         except (ValueError, OSError) as error:
-            warnings.warn(f"no report of {path}: {error}", stacklevel=2)
+            failures[named.name] = str(error)
+            continue
+        settings = named.recorded or said_by(config)
+        group = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))
+        group[1].append((named.folder, ae, config))
     if not groups:
-        raise ValueError(f"there is no SAE to report on in {folder}")
+        raise ValueError(f"there is no SAE to report on in {name}: {next(iter(failures.values()))}")
+    for failed, sentence in failures.items():
+        warnings.warn(f"no report of {failed}: {sentence}", stacklevel=2)
     pages = []
-    for (record, lm_name), saes in groups.items():
-        run = {} if record is None else read_json(record)["settings"]
-        name = model or run.get("model_name") or lm_name
-        if not name:
+    for run, saes in groups.values():
+        lm_name = model or run.get("model_name")
+        if not lm_name:
             raise ValueError(f"{saes[0][0]} does not say which model it was trained on: give --model")
         lm = load_model(
-            name,
+            lm_name,
             device=resolve_device(device),
             dtype=getattr(torch, dtype or run.get("dtype", "float32")),
             attn_implementation=attn_implementation or run.get("attn_implementation"),
-            revision=revision or (run.get("revision") if name == run.get("model_name") else None),
+            revision=revision or (run.get("revision") if lm_name == run.get("model_name") else None),
             trust_remote_code=trust_remote_code,
         )
-        built_in = name in BUILT_IN_MODELS
+        built_in = lm_name in BUILT_IN_MODELS
         default = {"eval_dataset": BUILT_IN if built_in else EVAL_DATASET, "eval_is_held_out": built_in}
-        text = evaluation_text(run or default)
+        text = evaluation_text({**default, **run})
         if dataset is not None:  # of which the run's split and chats tell nothing
             text = {key: value for key, value in text.items() if key not in ("split", "subset", "mixed")}
             text |= {"dataset": dataset, "held_out": dataset == BUILT_IN or None}
         given = {"split": split, "subset": subset, "text_column": text_column}
         text |= {key: value for key, value in given.items() if value is not None}
-        lengths = [config.get("buffer", {}).get("ctx_len", 128) for _, _, config in saes]
+        lengths = [(config.get("buffer") or {}).get("ctx_len") or 128 for _, _, config in saes]
         pages += _write_pages(lm, saes, {"context_length": max(lengths), **text}, num_tokens)
     return pages
 
@@ -485,7 +494,10 @@ def _write_pages(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m dictionary_learning.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", help="an SAE folder, or one that holds some")
+    parser.add_argument("name", help="an SAE's folder, file or USER/REPO/PATH on the Hub, or a folder that holds some")
+    parser.add_argument(
+        "--save_dir", default="saes", help="gets the page of what is no folder here (default: %(default)s)"
+    )
     parser.add_argument("--model", help="Hub id or folder of the model (default: that of the run)")
     parser.add_argument("--revision", help="of the model on the Hub (default: the run's)")
     parser.add_argument("--dtype", help="of the model (default: the run's)", choices=("float32", "bfloat16", "float16"))
@@ -499,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the first of these that is there)")
     arguments = vars(parser.parse_args(argv))
     try:
-        for page in write_reports(arguments.pop("folder"), **arguments):
+        for page in write_reports(arguments.pop("name"), **arguments):
             sys.stdout.write(f"{page}\n")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

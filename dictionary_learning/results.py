@@ -42,20 +42,17 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
     The results of one that is no local folder go below `save_dir`.
     """
 
-    def elsewhere(name: str) -> Named:
-        return Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), {})
+    def one(path: Path, name: str) -> Named:
+        elsewhere = save_dir / "evaluated" / name.strip("./").replace("/", "_")
+        record = run_record(path) if path.exists() else None
+        return Named(name, path if path.is_dir() else elsewhere, read_json(record)["settings"] if record else {})
 
     if not Path(name).is_dir():
-        return [elsewhere(name)]
+        return [one(Path(name), name)]
     found = find_saes(name)
     if not found:
         raise ValueError(f"there is no SAE in {name}.")
-    named = []
-    for path in found:
-        record = run_record(path) if path.is_dir() else None
-        settings = read_json(record)["settings"] if record else {}
-        named.append(Named(str(path), path, settings) if path.is_dir() else elsewhere(str(path)))
-    return named
+    return [one(path, str(path)) for path in found]
 
 
 @dataclass
@@ -163,22 +160,20 @@ def _model_of(reading: Reading) -> str:
 def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Subject:
     """The SAE with what it is evaluated on; ValueError where it cannot be."""
     ae, config = load_dictionary(named.name)
-    trainer = config["trainer"]
     reading = reading_of(named.recorded or said_by(config))
-    route_of(trainer)  # or it says why there is none
+    route_of(config["trainer"])  # or it says why there is none
     subject = Subject(named, ae, config, reading)
-    check_model(trainer, reading)
+    check_model(config["trainer"], reading)
     return subject
 
 
 def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config of an SAE says of the settings that it was trained in, by the names of our own."""
     trainer, buffer, source = (config.get(part) or {} for part in ("trainer", "buffer", "source"))
-    if not trainer.get("lm_name"):
-        return {}
+    lm_name = trainer.get("lm_name") or None
     said = {
-        "model_name": trainer["lm_name"],
-        "revision": trainer.get("lm_revision"),
+        "model_name": lm_name,
+        "revision": trainer.get("lm_revision") if lm_name else None,
         "context_length": buffer.get("ctx_len"),
         "mask": buffer.get("mask"),
         "prepend_bos": source.get("prepend_bos"),
@@ -238,6 +233,9 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
         if differing:
             one.notes.append(f"other settings than those of {RESULTS} ({'; '.join(differing)}): see {path}")
         one.notes += far_from_stated(one)
+        if not subject.named.recorded:  # then no run.json, and maybe no config.json, tells which SAE this is
+            sae = {"trainer": subject.config["trainer"], "source": subject.config.get("source")}
+            evaluation.results["hyperparameters"] = {**evaluation.results["hyperparameters"], "sae": sae}
         write_json(path, evaluation.results)
         if evaluation.density_F is not None and path.name == RESULTS:
             density = {"density": evaluation.density_F.float().contiguous()}

@@ -271,20 +271,18 @@ def train(
     if loop.workers > 1:
         print(f"{loop.workers} threads step SAEs side by side (--sae_threads 1: all threads share each step)")
     ended: str | None = None
-    try:
-        loop.train()
-    except TextEndedError as end:
-        ended = str(end)
-    except torch.OutOfMemoryError as error:
-        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items())
-        raise ValueError(
-            f"{plan.device} is out of memory. It has to hold: {sizes}. Train fewer SAEs at a time (--architectures, "
-            "--dictionary_widths, --target_l0s), or lower --sae_batch_size or --buffer_tokens."
-        ) from error
-    finally:
-        for text in filter(None, shards):
-            text.close()
-    end_cache(plan, buffer)
+    with _closed(shards):
+        try:
+            loop.train()
+        except TextEndedError as end:
+            ended = str(end)
+        except torch.OutOfMemoryError as error:
+            sizes = ", ".join(f"{name} {size_text(size)}" for name, size in memory(plan).items())
+            raise ValueError(
+                f"{plan.device} is out of memory. It has to hold: {sizes}. Train fewer SAEs at a time "
+                "(--architectures, --dictionary_widths, --target_l0s), or lower --sae_batch_size or --buffer_tokens."
+            ) from error
+        end_cache(plan, buffer)
     world.gather(None)  # every SAE is written
     seconds = time.monotonic() - started
     texts = world.gather([(text.skipped, text.n_read) for text in shards if text is not None])
@@ -295,6 +293,16 @@ def train(
     if world.rank == 0 and (sentence := skipped_sentence(skipped, n_read)):
         print(sentence, file=sys.stderr)
     return ended
+
+
+@contextmanager
+def _closed(shards: Iterable[Any]) -> Iterator[None]:
+    """The shards of the text, but those of other ranks, are closed after this."""
+    try:
+        yield
+    finally:
+        for text in filter(None, shards):
+            text.close()
 
 
 def end_cache(plan: Plan, buffer: ActivationBuffer) -> None:
@@ -322,25 +330,23 @@ def write_cache(plan: Plan) -> int:
     lm, shards = open_source(plan)
     buffer = make_buffer(plan, lm, shards, dict.fromkeys(plan.places, [0]))
     again = "continue with the same command"
-    try:
-        with signals_noted() as signals:
-            for step in tqdm(range(steps), unit="step", desc="activations", disable=world.rank > 0):
-                (stop,) = world.ask_largest(len(signals))()
-                if stop:
-                    end_cache(plan, buffer)
-                    world.tell(f"stopped after {step:,} of {steps:,} steps: {again}")
-                    return INTERRUPTED
-                if next(buffer, None) is None:
-                    ended = True
-                    break
-    except ConnectionError as error:
+    with _closed(shards):
+        try:
+            with signals_noted() as signals:
+                for step in tqdm(range(steps), unit="step", desc="activations", disable=world.rank > 0):
+                    (stop,) = world.ask_largest(len(signals))()
+                    if stop:
+                        end_cache(plan, buffer)
+                        world.tell(f"stopped after {step:,} of {steps:,} steps: {again}")
+                        return INTERRUPTED
+                    if next(buffer, None) is None:
+                        ended = True
+                        break
+        except ConnectionError as error:
+            end_cache(plan, buffer)
+            world.tell(f"{error}: {again}")
+            return INTERRUPTED
         end_cache(plan, buffer)
-        world.tell(f"{error}: {again}")
-        return INTERRUPTED
-    finally:
-        for text in filter(None, shards):
-            text.close()
-    end_cache(plan, buffer)
     folder, seconds = plan.options.cache, time.monotonic() - started
     assert folder is not None
     world.gather(None)  # every shard is written

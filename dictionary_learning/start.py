@@ -1,10 +1,11 @@
 """Where the SAEs of a grid start: from trained ones, in place of random weights."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .dictionary import Dictionary, JumpReluAutoEncoder
+from .dictionary import Dictionary, GeneralSAE, JumpReluAutoEncoder
 from .formats import find_saes, load_dictionary
 from .sites import route_of, words_of
 
@@ -20,7 +21,7 @@ def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     saes = [str(path) for path in find_saes(name)] if Path(name).is_dir() else []
     if len(saes) < 2:
-        ae, config = load_dictionary(saes[0] if saes else name)
+        ae, config = _load(saes[0] if saes else name)
         for one in configs:
             if (mismatch := _mismatch(ae, config["trainer"], one)) is not None:
                 raise ValueError(f"--init_from {name} {mismatch}.")
@@ -31,12 +32,20 @@ def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def load_start(path: str) -> Dictionary:
     """The SAE on the CPU; it takes raw activations."""
-    ae = load_dictionary(path)[0]
+    ae = _load(path)[0]
     return ae.without_input_bias() if isinstance(ae, JumpReluAutoEncoder) else ae
 
 
-def _facts(path: str) -> tuple[Dictionary, dict[str, Any]]:
+def _load(path: str) -> tuple[Dictionary, dict[str, Any]]:
+    """As one of the classes that are trained, if one of them computes it."""
     ae, config = load_dictionary(path)
+    with suppress(ValueError):
+        ae = ae.converted() if isinstance(ae, GeneralSAE) else ae
+    return ae, config
+
+
+def _facts(path: str) -> tuple[Dictionary, dict[str, Any]]:
+    ae, config = _load(path)
     return ae.to("meta"), config["trainer"]  # its shapes are enough
 
 
@@ -66,6 +75,8 @@ def _dict_class(config: Mapping[str, Any]) -> type[Dictionary]:
 
 def _mismatch(ae: Dictionary, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """In what an SAE is none that the trainer of a config could train; None where it is."""
+    if _is_transcoder(trainer) != _is_transcoder(config):
+        return "is a transcoder, and what is trained is none" if _is_transcoder(trainer) else "is no transcoder"
     if ae.activation_dim != config["activation_dim"]:
         return f"takes {ae.activation_dim} dimensions, and the model has {config['activation_dim']}"
     output_dim, is_transcoder = config.get("output_dim") or config["activation_dim"], "output_dim" in config
@@ -86,3 +97,8 @@ def _mismatch(ae: Dictionary, trainer: Mapping[str, Any], config: Mapping[str, A
     if groups is not None and len(groups) != len(trainer.get("group_fractions") or groups):
         return f"has {len(trainer['group_fractions'])} groups, not {len(groups)}"
     return None
+
+
+def _is_transcoder(said: Mapping[str, Any]) -> bool:
+    site = said.get("site", "resid_post")
+    return said.get("site_out", site) != site

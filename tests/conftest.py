@@ -1,6 +1,7 @@
 """What every test may use: a tiny random GPT-NeoX with a byte-level tokenizer, made in memory and on disk."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,21 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # would keep the address of an earlier server
         yield server
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def out_of_reach(server, monkeypatch):
+    """Called with "fails" or "is gone", makes the Hub do so; whoever then waits for it fails."""
+    import huggingface_hub
+
+    def lose(how: str) -> None:
+        if how == "fails":
+            server.fail = lambda method, path: 503
+        else:
+            url = "http://127.0.0.1:9"
+            template = url + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+            monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+
+    return lose

@@ -22,8 +22,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..dictionary import Dictionary
+from ..network import is_offline
 from . import (
     circuit_tracer,
     dictionary_learning,
@@ -84,16 +86,18 @@ def find_saes(folder: str | Path) -> list[Path]:
     """The SAEs below a folder (or itself), in natural order: layer 9 before layer 10.
 
     A folder each, or a file where a family has one for each SAE. What lies below an SAE folder (its checkpoints) is
-    none of its own.
+    none of its own, unless it is the folder asked.
     """
     found = []
-    for root, folders, _ in os.walk(folder):
+    for root, folders, files in os.walk(folder):
         if EXPORT in folders:
             folders.remove(EXPORT)
         targets = _targets(_names(Path(root)), [family for family in FAMILIES if family not in UNSURE])
         found += [Path(root, target) for target in targets]
         if "" in targets:
             folders.clear()
+        elif "checkpoints" in folders and "config.json" in files:  # it is still in training
+            folders.remove("checkpoints")
     return sorted(found, key=lambda path: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(path))])
 
 
@@ -134,10 +138,16 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
     return ae.to(device), config
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """Told by its extremes, which are nan where an element is: no mask as large as the tensor, nor a copy in order."""
+def _all_finite(tensor: Tensor) -> bool:
+    """No mask as large as the tensor, nor a copy in order.
+
+    One nan or infinity makes the sum one, whatever the rest; the sum alone overflows only where weights are huge, and
+    their extremes then tell.
+    """
     tensor = tensor.T if tensor.ndim == 2 and tensor.T.is_contiguous() else tensor
-    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _families() -> str:
@@ -174,17 +184,13 @@ def hub_place(name: str) -> Place:
     (user, repo, *inside), revision = parts, None
     if "@" in repo:
         repo, revision = repo.split("@", 1)
-    repo_id = f"{user}/{repo}"
+    repo_id, offline, why = f"{user}/{repo}", is_offline(name), "the Hub cannot be reached"
     try:
-        listed = huggingface_hub.list_repo_files(repo_id, revision=revision)
+        listed = None if offline else huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision)
     except Exception as error:  # the HTTP client's own errors differ between versions of huggingface_hub
-        listed = _cached_files(repo_id, revision)
-        if listed is None:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"{name} is neither a local folder nor an SAE on the Hugging Face Hub "
-                f"({type(error).__name__}: {reason})."
-            ) from error
+        listed, why = None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if listed is None and (listed := _cached_files(repo_id, revision)) is None:
+        raise ValueError(f"{name} is neither a local folder nor an SAE on the Hugging Face Hub ({why}).")
     path = "/".join(inside)
     folder, target = (path.rpartition("/")[0], inside[-1]) if path in listed else (path, "")
     start = f"{folder}/" if folder else ""
@@ -193,7 +199,7 @@ def hub_place(name: str) -> Place:
     @cache
     def download(file: str) -> Path:
         try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision, local_files_only=offline))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{file} of {name} could not be downloaded ({str(error).strip().splitlines()[0]})."

@@ -1,4 +1,4 @@
-"""Our own format, that of dictionary_learning and SAEBench: `config.json` + `ae.pt`."""
+"""Our own format, that of dictionary_learning and SAEBench: `config.json` + `ae.pt`, and `checkpoints/ae_{step}.pt`."""
 
 import re
 import warnings
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..dictionary import DICTIONARIES, TRANSCODER, Dictionary, JumpReluAutoEncoder, TopKDictionary
-from ..files import TensorFile, write_atomic, write_json
+from ..files import TensorFile, read_json, write_atomic, write_json
 from .place import Place, Said, config_of
 
 NAME = "dictionary_learning"
@@ -17,34 +17,44 @@ FILES = ("config.json", "ae.pt")
 
 
 def targets(names: Collection[str]) -> list[str]:
-    return [""] if set(names) >= set(FILES) else []
+    """The folder, or the checkpoints in one of its own, `checkpoints/ae_{step}.pt`."""
+    checkpoints = sorted(
+        (name for name in names if re.fullmatch(r"ae_\d+\.pt", name)), key=lambda name: int(name[3:-3])
+    )
+    return [""] if set(names) >= set(FILES) else checkpoints
+
+
+def is_own(place: Place) -> bool:
+    return not place.target or place.get_above(FILES[0]) is not None
 
 
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     """Its config is config.json's, with what other rooms count on beside it."""
-    config, path = place.json(FILES[0]), place.get(FILES[1])
+    weights = place.target or FILES[1]
+    said = place.get_above(FILES[0]) if place.target else place.get(FILES[0])
+    assert said is not None
+    config, path = read_json(said), place.get(weights)
     trainer = config.get("trainer")
     if not isinstance(trainer, dict) or _class_name(trainer).removesuffix(TRANSCODER) not in DICTIONARIES:
         raise ValueError(
-            f"{place.get(FILES[0])} does not say which SAE this is: trainer.dict_class must be one of "
-            f"{', '.join(DICTIONARIES)}."
+            f"{said} does not say which SAE this is: trainer.dict_class must be one of {', '.join(DICTIONARIES)}."
         )
-    ae = _from_state(path, trainer, place.tensors(FILES[1]))
+    ae = _from_state(path, trainer, place.tensors(weights))
     for key in ("activation_dim", "dict_size", "k", "output_dim"):
         actual = getattr(ae, key, None)
         if actual is not None and trainer.get(key, actual) != actual:
             raise ValueError(
-                f"{place.name}: {FILES[0]} says {key} {trainer[key]} but {FILES[1]} has {int(actual)}; "
+                f"{place.name}: {FILES[0]} says {key} {trainer[key]} but {weights} has {int(actual)}; "
                 "the two files belong to different SAEs."
             )
     named = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name")))  # as "mlp_out_layer_3"
     site = str(trainer.get("site") or (named[1] if named else "resid_post"))
-    said = config_of(place, NAME, ae, Said(site=site, site_out=trainer.get("site_out")))
-    source = config.get("source") or said["source"]  # of one that was converted, where it came from
-    buffer = config.get("buffer") or said["buffer"]
+    full = config_of(place, NAME, ae, Said(site=site, site_out=trainer.get("site_out")))
+    source = config.get("source") or full["source"]  # of one that was converted, where it came from
+    buffer = config.get("buffer") or full["buffer"]
     layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
-    config = {**config, "trainer": said["trainer"] | trainer | known, "buffer": buffer, "source": source}
+    config = {**config, "trainer": full["trainer"] | trainer | known, "buffer": buffer, "source": source}
     return ae.with_unit_norm(), config
 
 

@@ -213,7 +213,7 @@ def from_saelens(
         prepend_bos=cfg.get("prepend_bos"),
         exclude_special_tokens=cfg.get("exclude_special_tokens"),
         l0=cfg.get("l0"),
-        trainer={"trainer_class": cfg.get("training_architecture", type(ae).__name__)},
+        trainer={"trainer_class": str(cfg.get("training_architecture") or type(ae).__name__)},
     )
     return ae, config_of(place, NAME, ae, said)
 

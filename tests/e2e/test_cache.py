@@ -202,6 +202,26 @@ def test_activations_that_do_not_fit_are_refused(flags, sentence, fixed, written
     assert error.startswith("error: ") and error.count("\n") == 1 and re.search(sentence, error), error
 
 
+@pytest.mark.parametrize("key", ["files", "file", "sum", "full", "batches", "text"])
+def test_a_damaged_index_of_a_shard_is_one_sentence(key, fixed, written, tmp_path, capsys):
+    folder = shutil.copytree(written, tmp_path / "cache")
+    path = folder / "text_0" / "index.json"
+    path.write_text(path.read_text().replace(f'"{key}"', f'"{key[1:]}"', 1))
+    commands = [[*settings_from_cache(fixed), "--activations", folder], writer(fixed, folder, "--cache_only")]
+    for command in commands:
+        assert main(*command, "--num_tokens", 2000, "--save_dir", tmp_path) == 2
+        assert capsys.readouterr().err.endswith(
+            f"error: {path} is damaged: restore it from a copy, or write the activations anew.\n"
+        )
+
+
+def test_a_file_is_no_place_for_a_cache(fixed, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    assert main(*writer(fixed, tmp_path / "notes", "--cache_only")) == 2
+    assert "notes exists and holds other things" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_activations_of_another_model_are_refused(fixed, written, tiny_model_folder, tmp_path, capsys):
     other = shutil.copytree(tiny_model_folder, tmp_path / "other")
     read = [*settings_from_cache(fixed), "--num_tokens", 2000, "--activations", written, "--save_dir", tmp_path]
@@ -261,6 +281,25 @@ def kill_often(command: list[str], folder: Path, kills: int, seed: int) -> list[
 def test_killed_while_they_are_written(fixed, written, tmp_path):
     moments = kill_often(writer(fixed, tmp_path / "cache", "--cache_only"), tmp_path / "cache", kills=2, seed=0)
     assert content(tmp_path / "cache") == content(written), moments
+
+
+def test_a_cache_that_another_run_writes_is_left_to_it(fixed, written, tmp_path, capsys):
+    command = writer(fixed, tmp_path / "cache", "--cache_only")
+    first = Killed(command).process
+    try:
+        while not list((tmp_path / "cache").rglob("*.safetensors")) and first.poll() is None:
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)  # it is in the midst of it
+        for only in (["--cache_only"], ["--no_eval"]):
+            assert main(*writer(fixed, tmp_path / "cache", *only)) == 2
+            error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert error == [f"error: another run is writing {tmp_path / 'cache'}: wait until it has ended, or choose "
+                             "another folder for --cache."]  # fmt: skip
+    finally:
+        first.send_signal(signal.SIGCONT)
+        _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors[-2000:]
+    assert content(tmp_path / "cache") == content(written)
 
 
 def test_two_processes_write_and_read_their_own_shards(fixed, tmp_path):

@@ -16,10 +16,11 @@ from saes import Malice
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dictionary_learning.dictionary import GeneralSAE
+from dictionary_learning.dictionary import AutoEncoderTopK, GeneralSAE
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.formats.__main__ import main as convert
-from dictionary_learning.start import load_start
+from dictionary_learning.start import find_starts, load_start
+from dictionary_learning.trainers import StandardTrainerAprilUpdate, TopKTrainer
 
 B, D, E, F, K = 40, 8, 6, 24, 3
 
@@ -371,6 +372,34 @@ def test_a_converted_transcoder_is_one_to_saelens_too(tmp_path, x_BD):
     for _ in range(2):  # as ours, then as SAELens's
         check(tmp_path / "ours", x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"], site="mlp_in", site_out="mlp_out")
         (tmp_path / "ours" / "ae.pt").unlink(missing_ok=True)
+
+
+def starts_of(path: Path, trainer: type) -> list[str]:
+    return find_starts(str(path), [{"activation_dim": D, "dict_size": F, "layer": 3, "trainer": trainer}])
+
+
+def test_what_one_of_our_classes_computes_can_be_a_start(tmp_path, x_BD):
+    """A TopK SAE that subtracts nothing from its input, as ours does."""
+    t = tensors()
+    stored = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T, "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    path = folder(tmp_path, "Qwen", {"layer3.sae.pt": stored, "config.json": {"k": K}}) / "layer3.sae.pt"
+    (name,) = starts_of(path, TopKTrainer)
+    ae = load_start(name)
+    assert type(ae) is AutoEncoderTopK
+    f_BF = top(x_BD @ t["W_enc"] + t["b_enc"])
+    torch.testing.assert_close(ae.encode(x_BD), f_BF, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ae(x_BD), f_BF @ t["W_dec"] + t["b_dec"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_transcoder_and_what_no_trained_class_computes_are_no_start(tmp_path):
+    t = tensors()
+    stored = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"], "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    transcoder = folder(tmp_path, "plt", {"layer_3.safetensors": stored}) / "layer_3.safetensors"
+    with pytest.raises(ValueError, match=f"--init_from {transcoder} is a transcoder, and what is trained is none"):
+        starts_of(transcoder, StandardTrainerAprilUpdate)
+    normed = folder(tmp_path, "lens", saelens("topk", t, k=K, normalize_activations="layer_norm"))
+    with pytest.raises(ValueError, match="is of class GeneralSAE, and TopKTrainer trains AutoEncoderTopK"):
+        starts_of(normed, TopKTrainer)
 
 
 def test_the_weights_file_of_a_folder_stands_for_the_folder(tmp_path):

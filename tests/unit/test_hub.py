@@ -340,6 +340,16 @@ def test_the_card_tells_what_ended_early_and_what_was_skipped(run_folder):
     assert "skipped" not in (model_card(run_folder, "alice/saes") or "")
 
 
+def test_the_card_tells_what_the_saes_started_from(run_folder):
+    record = read_json(run_folder / "run.json")
+    for started in ("alice/older/tiny_all", None):
+        settings = record["settings"] | {"init_from": started}
+        write_json(run_folder / "run.json", record | {"settings": settings})
+        _, _, training = (model_card(run_folder, "alice/saes") or "").partition("### Training")
+        assert ("- Started from: the SAEs of `alice/older/tiny_all`\n" in training) == (started is not None)
+        assert ("Started from" in training) == (started is not None)
+
+
 @pytest.mark.parametrize(
     "results, sentence",
     [
@@ -417,8 +427,6 @@ def stored(content: dict, tmp_path: Path, name: str) -> bytes:
 
 
 def test_a_file_at_the_root_and_a_folder_download_what_they_need(server, tmp_path, monkeypatch):
-    # as with ENDPOINT, what the module has of it is of the time of its import
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", huggingface_hub.HfApi(server.url).list_repo_files)
     draw = torch.Generator().manual_seed(0)
     W_FD, b_F, b_D = torch.randn(12, 4, generator=draw), torch.zeros(12), torch.zeros(4)
     qwen = stored({"W_enc": W_FD, "W_dec": W_FD.T.clone(), "b_enc": b_F, "b_dec": b_D}, tmp_path, "layer3.sae.pt")

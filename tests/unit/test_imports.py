@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "world": "kernels",
     "trainers": "dictionary kernels",
     "sweep": "sites trainers",
-    "formats": "dictionary files",
+    "formats": "dictionary files network",
     "utils": "formats",
     "start": "dictionary formats sites",
     "state": "files world",
@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "model_card": "files plotting",
     "hub": "files model_card",
     "reading": "data model sweep world",
-    "report": "buffer data dictionary files formats model plotting reading sites tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sites sweep world",
+    "report": "buffer data dictionary files formats model plotting reading results sites tokenizer",
     "plan": "cache data model reading sites start sweep world",
     "run": "buffer cache data dictionary files formats hub kernels model plan plotting reading report results sites "
     "start state sweep tracking training world",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import demo
 from dictionary_learning import pretrained
@@ -63,6 +64,45 @@ def test_an_adapter_has_an_identity_of_its_own(adapter, tiny_model_folder, tmp_p
     path = copy / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     assert not pretrained.same_model(identity, model_identity(str(copy)))
+
+
+@pytest.mark.parametrize("last_layer", [None, 1])
+@pytest.mark.parametrize("renamed, n", [("base_model.model.gpt_neox.", 16), ("layers.0.attention.", 2)])
+def test_weights_of_an_adapter_that_belong_to_nothing_are_counted(renamed, n, last_layer, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 16
+    moved = {name.replace(renamed, renamed[:-1] + "_of_another."): tensor for name, tensor in weights.items()}
+    save_file(moved, copy / "adapter_model.safetensors")
+    if n == 16:
+        with pytest.raises(
+            ValueError, match=f"cannot load '{copy}': the adapter has no weights of .*, but such as base_"
+        ):
+            load_model(str(copy), last_layer=last_layer)
+    else:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            load_model(str(copy), last_layer=last_layer)
+        sentence = f"2 of the 16 weights of the adapter {copy} belong to no module of "
+        assert sum(str(warning.message).startswith(sentence) for warning in told) == 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_model(str(adapter), last_layer=last_layer)
+    assert not any("belong to no module" in str(warning.message) for warning in told)
+
+
+def test_an_adapter_of_upper_layers_changes_none_below(tiny_model_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    config = peft.LoraConfig(r=2, target_modules=["dense"], layers_to_transform=[3], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    whole, below = load_model(str(tmp_path)), load_model(str(tmp_path), last_layer=2)
+    for layer in (1, 2):
+        torch.testing.assert_close(below.activations(*tokens(), [layer]), whole.activations(*tokens(), [layer]))
+    base = load_model(str(tiny_model_folder)).activations(*tokens(), [3])[3]
+    assert not torch.allclose(whole.activations(*tokens(), [3])[3], base, atol=1e-2)
 
 
 def lora_folder(tmp_path, base) -> Path:

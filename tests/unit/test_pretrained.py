@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +11,7 @@ from hub_server import Repo
 from safetensors.torch import load_file, save_file
 
 from dictionary_learning.model import BUILT_IN, load_model, load_tokenizer, model_identity, model_shape
-from dictionary_learning.pretrained import _say_offline
+from dictionary_learning.network import _say_offline
 
 NAME = "alice/tiny"
 
@@ -29,30 +28,16 @@ def model_folder(tiny_model_folder, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
-def out_of_reach(server, monkeypatch, how: str) -> None:
-    if how == "fails":
-        server.fail = lambda method, path: 503
-    else:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
-        )
-    # a retry would wait
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
-
-
 @pytest.mark.parametrize("revision", [None, "main"])
 @pytest.mark.parametrize("how", ["fails", "is gone"])
-def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, monkeypatch, capsys):
+def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_the_hub, out_of_reach, capsys):
     _say_offline.cache_clear()
     first = load_model(NAME, revision=revision)
     identity = model_identity(NAME, revision)
     assert identity == {"id": NAME, "commit": model_on_the_hub.repos[NAME].head}
     for marks in Path(huggingface_hub.constants.HF_HUB_CACHE).rglob(".no_exist"):
         shutil.rmtree(marks)  # as after `hf download`: the cache does not know which files there are not
-    out_of_reach(model_on_the_hub, monkeypatch, how)
+    out_of_reach(how)
     model_on_the_hub.requests.clear()
     again = load_model(NAME, revision=revision)
     assert model_on_the_hub.requests == ([("HEAD", "/")] if how == "fails" else [])
@@ -65,8 +50,8 @@ def test_a_cached_model_needs_no_hub_and_waits_for_none(how, revision, model_on_
 
 
 @pytest.mark.parametrize("how", ["fails", "is gone"])
-def test_a_model_out_of_reach_is_one_sentence_at_once(how, server, monkeypatch):
-    out_of_reach(server, monkeypatch, how)
+def test_a_model_out_of_reach_is_one_sentence_at_once(how, out_of_reach):
+    out_of_reach(how)
     message = "cannot load 'alice/tiny': the Hub cannot be reached, and the model is neither in the local cache nor a"
     for function in [load_model, load_tokenizer, model_shape, model_identity]:
         with pytest.raises(ValueError, match=message):

@@ -348,7 +348,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(tiny_model_folder, text_file, tm
         lines = capsys.readouterr().err.strip().splitlines()
         return next(line for line in lines if line.startswith("error: "))
 
-    assert "there is no SAE to report on" in error_of(tmp_path)
+    assert "there is no SAE in" in error_of(tmp_path)
     write_saes(tmp_path / "wide", tiny_model_folder, n=1, activation_dim=D + 1)
     assert "activations of size 17, those of" in error_of(tmp_path / "wide", "--dataset", text_file)
     write_saes(tmp_path / "run", tiny_model_folder, n=1)

@@ -1,9 +1,13 @@
 """SAE folders: what one side writes the other reads, and what is damaged or foreign is one sentence."""
 
+import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_server import Repo
 from mutations import mutations
 from saes import D, F, K, Malice, config_of, make_sae
 
@@ -13,6 +17,7 @@ from dictionary_learning.formats import dictionary_learning, find_saes, load_dic
 from dictionary_learning.formats.dictionary_learning import save_weights
 from dictionary_learning.formats.place import Place
 from dictionary_learning.formats.saelens import from_saelens, to_saelens
+from dictionary_learning.network import _say_offline
 
 
 @pytest.fixture
@@ -119,6 +124,55 @@ def test_half_precision_files_are_loaded_in_full(tmp_path):
     for name in dictionary_learning.FILES:  # first as ours, then as SAELens's
         assert next(load_dictionary(tmp_path)[0].parameters()).dtype == torch.float32
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("scale, told", [(1.0, ["nan", "inf", "-inf", "both"]), (1e38, [])])
+def test_a_weight_that_is_not_finite_is_told_and_a_huge_one_is_none(scale, told, tmp_path):
+    """The sums of these overflow, though each of them is finite."""
+    ae = make_sae("JumpReluAutoEncoder")
+    with torch.no_grad():
+        ae.W_enc.fill_(scale)
+    save_sae(tmp_path, ae, config_of(ae))
+    assert load_dictionary(tmp_path)[0].W_enc.equal(ae.W_enc)
+    values = {"nan": [math.nan], "inf": [math.inf], "-inf": [-math.inf], "both": [math.inf, -math.inf]}
+    for name in told:
+        with torch.no_grad():
+            ae.W_enc[3, 4 : 4 + len(values[name])] = torch.tensor(values[name])
+        save_sae(tmp_path, ae, config_of(ae))
+        with pytest.raises(ValueError, match="has weights that are not finite, in W_enc"):
+            load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_opening_computes_nothing_without_values(name, tmp_path):
+    """On the meta device the first product or quotient makes torch import its compiler, which takes seconds."""
+    ae = make_sae(name)
+    save_sae(tmp_path, ae, config_of(ae))
+    code = "import sys; from dictionary_learning import load_dictionary; load_dictionary(sys.argv[1])\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_checkpoint_opens_by_its_file_with_the_config_above_it(ae, tmp_path, x_BD):
+    save_sae(tmp_path / "trainer_0", ae, config_of(ae))
+    early = make_sae(type(ae).__name__)
+    early.scale_biases(0.5)
+    for step in (9, 10):
+        save_weights(tmp_path / "trainer_0" / "checkpoints" / f"ae_{step}.pt", early)
+    for path in (tmp_path / "trainer_0" / "checkpoints" / f"ae_{step}.pt" for step in (9, 10)):
+        loaded, config = load_dictionary(path)
+        assert torch.equal(loaded(x_BD), early(x_BD)) and not torch.equal(loaded(x_BD), ae(x_BD))
+        assert config["trainer"]["layer"] == 3 and config["buffer"]["ctx_len"] == 128
+    assert find_saes(tmp_path) == [tmp_path / "trainer_0"]
+    assert [path.name for path in find_saes(tmp_path / "trainer_0" / "checkpoints")] == ["ae_9.pt", "ae_10.pt"]
+    (tmp_path / "trainer_0" / "ae.pt").unlink()  # as while it trains
+    (tmp_path / "trainer_0" / "sae_weights.safetensors").unlink()
+    assert find_saes(tmp_path) == []
+    assert torch.equal(load_dictionary(path)[0](x_BD), early(x_BD))
+    (tmp_path / "trainer_0" / "config.json").unlink()
+    with pytest.raises(ValueError, match="is not a trained SAE"):
+        load_dictionary(path)
 
 
 def test_saes_are_found_in_natural_order_and_checkpoints_are_not_saes(tmp_path):
@@ -291,16 +345,17 @@ def hub(monkeypatch, tmp_path):
 
     asked, top = [], tmp_path / "hub"
 
-    def listed(repo_id, revision=None):
+    def listed(self, repo_id, revision=None):
         if repo_id != "user/repo" or revision not in (None, "v2"):
             raise OSError("no such repository")
         return [path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file()]
 
-    def download(repo_id, filename, revision=None):
+    def download(repo_id, filename, revision=None, local_files_only=False):
         asked.append((repo_id, filename))
         return str(top / filename)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+    monkeypatch.setattr("dictionary_learning.formats.is_offline", lambda name: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("none")))
     monkeypatch.chdir(tmp_path)
@@ -319,6 +374,34 @@ def test_an_sae_of_the_hub_is_two_files(hub, tmp_path):
     assert torch.equal(loaded.decoder_FD, ae.decoder_FD)
     assert set(hub[2:]) == {("user/repo", f"run/trainer_0/{name}") for name in saelens.FILES}
     assert torch.equal(load_dictionary("user/repo@v2/run/trainer_0")[0].decoder_FD, ae.decoder_FD)
+
+
+def test_a_checkpoint_of_the_hub_has_the_config_above_it(hub, tmp_path):
+    ae = make_sae("BatchTopKSAE")
+    save_sae(tmp_path / "hub" / "run" / "trainer_0", ae, config_of(ae))
+    save_weights(tmp_path / "hub" / "run" / "trainer_0" / "checkpoints" / "ae_5.pt", ae)
+    loaded, config = load_dictionary("user/repo/run/trainer_0/checkpoints/ae_5.pt")
+    assert torch.equal(loaded.decoder_FD, ae.decoder_FD) and config["trainer"]["layer"] == 3
+    assert {name for _, name in hub} == {"run/trainer_0/config.json", "run/trainer_0/checkpoints/ae_5.pt"}
+
+
+@pytest.mark.parametrize("how", ["fails", "is gone"])
+def test_without_the_hub_its_saes_come_from_the_cache_or_are_told_at_once(how, server, out_of_reach, tmp_path, capsys):
+    _say_offline.cache_clear()
+    ae = make_sae("GatedAutoEncoder")
+    save_sae(tmp_path / "sae", ae, config_of(ae))
+    files = {f"run/{path.name}": path.read_bytes() for path in (tmp_path / "sae").iterdir()}
+    server.repos["alice/saes"] = Repo(private=False, files=files, commits=["SAEs"])
+    load_dictionary("alice/saes/run")
+    out_of_reach(how)
+    assert torch.equal(load_dictionary("alice/saes/run")[0].decoder_FD, ae.decoder_FD)
+    told = "the Hub cannot be reached: alice/saes/run is looked for in the local cache\n"
+    assert capsys.readouterr().err.count(told) == 1
+    for name in ("alice/seas/run", "alice/saes@v2/run"):
+        with pytest.raises(
+            ValueError, match=f"{name} is neither a local folder nor .* \\(the Hub cannot be reached\\)"
+        ):
+            load_dictionary(name)
 
 
 def test_a_local_path_wins_over_the_hub(hub, tmp_path):
