@@ -39,9 +39,13 @@ class Mask(NamedTuple):
     @classmethod
     def of(cls, buffer_config: Mapping[str, Any]) -> "Mask":
         """The mask of an SAE's training, as the "buffer" of its config.json tells; without one, bos alone is out."""
-        median = buffer_config.get("median_norm")
-        bound = median * buffer_config["max_norm_multiple"] if median else None
-        return cls(buffer_config.get("mask", True), bound)
+        median, multiple = (buffer_config.get(name) for name in ("median_norm", "max_norm_multiple"))
+        drop_bos = buffer_config.get("mask", True)
+        is_number = all(value is None or (type(value) in (int, float) and value >= 0) for value in (median, multiple))
+        if type(drop_bos) is not bool or not is_number or (median and multiple is None):
+            said = f"mask {drop_bos!r}, median_norm {median!r}, max_norm_multiple {multiple!r}"
+            raise ValueError(f"its config.json says what a mask cannot be ({said}); restore it from a copy")
+        return cls(drop_bos, median * multiple if median else None)
 
 
 def inner_positions(mask_BL: Tensor, drop_bos: bool = True) -> Tensor:

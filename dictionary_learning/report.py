@@ -35,7 +35,7 @@ from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
-from dictionary_learning.reading import evaluation_text, run_record
+from dictionary_learning.reading import evaluation_text, recorded_settings, run_record
 from dictionary_learning.tokenizer import TextMarks
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -426,7 +426,7 @@ def write_reports(
         raise ValueError(f"there is no SAE to report on in {folder}")
     pages = []
     for (record, lm_name), saes in groups.items():
-        run = {} if record is None else read_json(record)["settings"]
+        run = {} if record is None else recorded_settings(record)
         name = model or run.get("model_name") or lm_name
         if not name:
             raise ValueError(f"{saes[0][0]} does not say which model it was trained on: give --model")

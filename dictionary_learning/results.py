@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
 from .model import LanguageModel, same_model
-from .reading import Reading, run_record
+from .reading import Reading, recorded_settings, run_record
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
 
@@ -32,7 +33,7 @@ class Named(NamedTuple):
 
     name: str  # what `load_dictionary` takes
     folder: Path  # that gets its results
-    recorded: Mapping[str, Any]  # the settings of its run; empty where it has none
+    record: Path | None  # the run.json of its run
 
 
 def find_named(name: str, save_dir: Path) -> list[Named]:
@@ -42,19 +43,14 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
     """
 
     def elsewhere(name: str) -> Named:
-        return Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), {})
+        return Named(name, save_dir / "evaluated" / name.strip("./").replace("/", "_"), None)
 
     if not Path(name).is_dir():
         return [elsewhere(name)]
     found = find_saes(name)
     if not found:
         raise ValueError(f"there is no SAE in {name}.")
-    named = []
-    for path in found:
-        record = run_record(path) if path.is_dir() else None
-        settings = read_json(record)["settings"] if record else {}
-        named.append(Named(str(path), path, settings) if path.is_dir() else elsewhere(str(path)))
-    return named
+    return [Named(str(path), path, run_record(path)) if path.is_dir() else elsewhere(str(path)) for path in found]
 
 
 @dataclass
@@ -62,6 +58,7 @@ class Subject:
     """A loaded SAE, with what it is evaluated on."""
 
     named: Named
+    recorded: Mapping[str, Any]  # the settings of its run; empty where it has none
     ae: Dictionary
     config: dict[str, Any]
     reading: Reading
@@ -70,7 +67,7 @@ class Subject:
     def layer(self) -> int:
         return int(self.config["trainer"]["layer"])
 
-    @property
+    @cached_property
     def mask(self) -> Mask:
         """The positions at which it is scored: those of its training, or all of them."""
         return Mask.of(self.config.get("buffer") or {}) if self.reading.sweep.mask else Mask(drop_bos=False)
@@ -81,7 +78,7 @@ class Subject:
         `eval_results.json` holds the results under the run's own settings, or the first ones of an SAE without a run.
         """
         path, now = self.named.folder / RESULTS, self.reading.evaluation_settings()
-        before = {name: value for name, value in self.named.recorded.items() if name in EVALUATION_SETTINGS}
+        before = {name: value for name, value in self.recorded.items() if name in EVALUATION_SETTINGS}
         if not before and path.is_file():
             before = read_json(path).get("hyperparameters", {}).get("settings", {})
         differing = {name: (before[name], now[name]) for name in before if before[name] != now[name]}
@@ -124,7 +121,8 @@ def evaluate(
     for named in share:
         try:
             subject = load(named, reading_of)
-            groups.setdefault(json.dumps(subject.reading.evaluation_settings()), []).append(subject)
+            kind = [subject.reading.evaluation_settings(), subject.reading.held_out]
+            groups.setdefault(json.dumps(kind), []).append(subject)
         except (ValueError, OSError) as error:
             failures[named.name] = str(error)
     measured: list[Measured] = []
@@ -162,11 +160,13 @@ def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Su
     """The SAE with what it is evaluated on; ValueError where it cannot be."""
     ae, config = load_dictionary(named.name)
     trainer = config["trainer"]
-    reading = reading_of(named.recorded or said_by(config))
+    recorded = recorded_settings(named.record) if named.record else {}
+    reading = reading_of(recorded or said_by(config))
     if trainer.get("layer") is None or trainer.get("site", "resid_post") != "resid_post":
         place = trainer.get("submodule_name") or "a place that its config does not name"
         raise ValueError(f"it reads {place}, and only SAEs of block outputs can be evaluated.")
-    subject = Subject(named, ae, config, reading)
+    subject = Subject(named, recorded, ae, config, reading)
+    _ = subject.mask  # a config that says what it cannot be stops no other
     check_model(trainer, reading)
     return subject
 

@@ -5,8 +5,9 @@ nothing heavy is imported: `--help` answers at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Self
+from dataclasses import MISSING, dataclass, field, fields
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 # What the numbers of an evaluation depend on beside the SAE.
 EVALUATION_SETTINGS = (
@@ -165,6 +166,27 @@ class Sweep:
     def of(cls, defaults: Mapping[str, Mapping[str, Any]], **values: Any) -> Self:
         """The sweep of these values; defaults: of all others, in groups, as `demo_config.DEFAULTS` has them."""
         return cls(**{name: value for group in defaults.values() for name, value in group.items()} | values)
+
+
+def check_recorded(settings: Mapping[str, Any], whose: str) -> None:
+    """ValueError where a file says of a setting what no flag could: settings are read from files that people edit."""
+    for known in (*fields(Options), *fields(Sweep)):
+        value = settings.get(known.name)
+        if known.name in settings and not _can_be(value, known.type, known.metadata):
+            raise ValueError(f"{whose} says {known.name} {value!r}, which it cannot be; restore it from a copy")
+
+
+def _can_be(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> bool:
+    if isinstance(annotation, UnionType):
+        return any(_can_be(value, part, metadata) for part in get_args(annotation))
+    if get_origin(annotation) is list:
+        (inner,) = get_args(annotation)
+        return isinstance(value, list) and bool(value) and all(_can_be(item, inner, metadata) for item in value)
+    if annotation is float:
+        return type(value) in (int, float)
+    if value is None or type(value) is not annotation:  # of bool and int too
+        return value is None and annotation is type(None)
+    return value in metadata.get("choices", (value,)) and (annotation is not int or value >= metadata.get("least", 1))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     said = config_of(place, NAME, ae, Said(site=site))
     source = config.get("source") or said["source"]  # of one that was converted, where it came from
     buffer = config.get("buffer") or said["buffer"]
+    for part, value in (("buffer", buffer), ("source", source)):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{place.get(FILES[0])} says {part} {value!r}, which is no object; restore it from a copy."
+            )
     layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
     config = {**config, "trainer": said["trainer"] | trainer | known, "buffer": buffer, "source": source}

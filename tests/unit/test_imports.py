@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "plotting": "files",
     "model_card": "files plotting",
     "hub": "files model_card",
-    "reading": "data model sweep world",
+    "reading": "data files model sweep world",
     "report": "buffer data dictionary files formats model plotting reading tokenizer",
     "results": "buffer dictionary evaluation files formats model reading sweep world",
     "plan": "cache data model reading start sweep world",
