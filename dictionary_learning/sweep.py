@@ -235,6 +235,12 @@ def check_sweep(sweep: Sweep, architectures: Sequence[str]) -> None:
         raise ValueError("--resample_steps cannot be combined with p_anneal in one run: give it to standard alone.")
     if not 0 < sweep.decay_start_fraction < 1:
         raise ValueError(f"--decay_start_fraction must lie between 0 and 1, got {sweep.decay_start_fraction}.")
+    if not sweep.max_norm_multiple > 0:
+        raise ValueError(f"--max_norm_multiple must be a positive number, got {sweep.max_norm_multiple}.")
+    if not sweep.backup_minutes >= 0:
+        raise ValueError(f"--backup_minutes must be a number, not a negative one, got {sweep.backup_minutes}.")
+    if max(sweep.random_seeds) >= 2**63:
+        raise ValueError(f"--random_seeds must be below 2**63, got {max(sweep.random_seeds)}.")
     if sweep.num_tokens < 20 * sweep.sae_batch_size:
         raise ValueError(
             f"--num_tokens {sweep.num_tokens:,} is too few: with --sae_batch_size {sweep.sae_batch_size:,} a run of at "
@@ -274,7 +280,7 @@ def get_schedule(sweep: Sweep) -> Schedule:
 
 
 def _whole(k: float) -> int:
-    if k != int(k):
+    if not float(k).is_integer():
         raise ValueError(f"--target_l0s must be whole numbers for the top-k family, got {k}.")
     return int(k)
 
