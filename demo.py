@@ -10,7 +10,9 @@ the language model on its share of the text; rank 0 speaks, and writes what belo
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -91,8 +93,13 @@ def _kind(field: dataclasses.Field) -> dict[str, Any]:
 
 def _count(text: str, least: int) -> int:
     """A whole number of at least so much, also written 50_000_000 or 5e7."""
-    value = float(text)
-    if not value.is_integer() or value < least:
+    try:
+        value = (
+            int(text) if text.lstrip("+-").replace("_", "").isdecimal() else float(text)
+        )  # a float rounds above 2**53
+    except ValueError:
+        value = float("nan")
+    if not math.isfinite(value) or int(value) != value or value < least:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(value)
 
@@ -160,11 +167,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+class Terminated(BaseException):
+    """SIGTERM, where no training step has to be finished first."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 def walk(args: argparse.Namespace) -> int:
     """Run the command in the world that torchrun made, if it did; an error becomes a sentence and an exit code."""
     from dictionary_learning.world import AgreedError, LostProcess, World
 
     world = World()
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         world = World.start(resolve(args)[0].timeout_minutes)
         code = run(args, world)
@@ -179,9 +195,14 @@ def walk(args: argparse.Namespace) -> int:
         whose = "" if world.size == 1 or isinstance(error, AgreedError) else f"rank {world.rank}: "
         world.tell(f"error: {whose}{error}")
         return 2
+    except Terminated:
+        world.tell("stopped by SIGTERM; a run that has begun is continued with the same command and --resume")
+        return INTERRUPTED
     except KeyboardInterrupt:
         world.tell("stopped at once; --resume continues from the last saved state")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(args: argparse.Namespace, world: "World") -> int:

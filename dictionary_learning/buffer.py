@@ -41,9 +41,17 @@ class Mask(NamedTuple):
     @classmethod
     def of(cls, buffer_config: Mapping[str, Any]) -> "Mask":
         """The mask of an SAE's training, as the "buffer" of its config.json tells; without one, bos alone is out."""
-        medians = (buffer_config.get(name) for name in ("median_norm", "median_norm_out"))
-        bounds = (median * buffer_config["max_norm_multiple"] if median else None for median in medians)
-        return cls(buffer_config.get("mask", True), *bounds)
+        names = ("median_norm", "median_norm_out", "max_norm_multiple")
+        *medians, multiple = numbers = [buffer_config.get(name) for name in names]
+        drop_bos = buffer_config.get("mask", True)
+        are_numbers = all(value is None or (type(value) in (int, float) and value >= 0) for value in numbers)
+        if type(drop_bos) is not bool or not are_numbers or (any(medians) and multiple is None):
+            said = ", ".join(
+                f"{name} {value!r}" for name, value in zip(names, numbers, strict=True) if value is not None
+            )
+            said = f"mask {drop_bos!r}, {said or 'no norms'}"
+            raise ValueError(f"its config.json says what a mask cannot be ({said}); restore it from a copy")
+        return cls(drop_bos, *(median * multiple if median else None for median in medians))
 
     def bounds(self, place: Place, place_out: Place | None = None) -> dict[Place, float] | None:
         """What `position_mask` takes, of an SAE that reads a place and predicts another if it is a transcoder."""

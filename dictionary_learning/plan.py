@@ -14,7 +14,7 @@ import torch
 from . import cache
 from .data import estimate_tokens, open_documents
 from .model import LanguageModel, ModelShape, load_tokenizer, model_shape, needs_extra, resolve_device, same_model
-from .reading import Reading
+from .reading import Reading, recorded_settings, source_of
 from .sites import RESID_POST, TRANSCODERS, Place, check_sites, in_order, place_at, tap_of, words_of
 from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
@@ -167,7 +167,9 @@ def make_plan(
             f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
             f"{sweep.sae_batch_size:,}."
         )
+    record = run_folder(options) / "run.json"
     plan = Plan(
+        recorded=recorded_settings(record) if options.resume and record.is_file() else {},
         options=options,
         sweep=sweep,
         schedule=schedule,
@@ -437,7 +439,8 @@ def check_text(plan: Plan) -> None:
     sweep, source = plan.sweep, plan.source(evaluation=False)
     tokenizer = load_tokenizer(plan.model_name, plan.options.revision, plan.options.trust_remote_code)
     notes: list[str] = []
-    read = [*([] if plan.options.activations else [False]), *([] if plan.options.cache_only else [True])]
+    evaluated = not (plan.options.cache_only or plan.options.no_eval)
+    read = [*([] if plan.options.activations else [False]), *([True] if evaluated else [])]
     for evaluation in read:
         text = plan.open_text(tokenizer, evaluation=evaluation)
         try:
@@ -460,9 +463,13 @@ def check_text(plan: Plan) -> None:
         skip_damaged=sweep.skip_damaged,
     )
     tokens = estimate_tokens(documents, tokenizer)
-    asked = sweep.num_tokens * (1 - sweep.chat_fraction if sweep.mixed_dataset else 1)
+    asked, remedy = sweep.num_tokens, "give more text, ask for fewer with --num_tokens, or read it again with --epochs"
+    if ended := plan.recorded.get("ended_early"):  # the tokens asked stay, and other text is for those that are left
+        asked -= ended["tokens"] if source != source_of(plan.recorded, evaluation=False) else 0
+        remedy = "give more text, or read it again with --epochs"
+    asked *= 1 - sweep.chat_fraction if sweep.mixed_dataset else 1
     if tokens is not None and tokens < 0.9 * asked:  # near the limit, training will tell
         raise ValueError(
             f"{source.dataset} has about {tokens:,} tokens{' in all epochs' if sweep.epochs > 1 else ''}, the run asks "
-            f"for {round(asked):,}: give more text, ask for fewer with --num_tokens, or read it again with --epochs."
+            f"for {round(asked):,}: {remedy}."
         )

@@ -1,7 +1,7 @@
 """Which language model reads which text: all that an evaluation depends on beside the SAE, and how both are opened."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .data import Source, open_batches, overlap
+from .files import read_json
 from .model import LanguageModel, generation_eos_ids, load_model, model_identity, text_marks
-from .sweep import EVALUATION_SETTINGS, Options, Sweep
+from .sweep import EVALUATION_SETTINGS, Options, Sweep, check_recorded
 from .world import World
 
 
@@ -43,6 +44,32 @@ def run_record(sae: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def recorded_settings(record: Path) -> dict[str, Any]:
+    """The settings in a run.json, under "earlier" those with which a resumed run began, and where it "ended_early".
+
+    Raises ValueError where it has none, or what no settings can be.
+    """
+    content = read_json(record)
+    settings, changes = content.get("settings"), content.get("changes", [])
+    if not isinstance(settings, dict) or not isinstance(changes, list):
+        raise ValueError(f"{record} has no settings of a run; restore it from a copy")
+    check_recorded(settings, str(record))
+    earlier, before = [], settings
+    for changed in reversed(changes):
+        before = before | {name: was for name, (was, _) in changed.items()}
+        earlier.append(before)
+    return settings | {"earlier": earlier, "ended_early": content.get("ended_early")}
+
+
+def source_of(settings: Mapping[str, Any], evaluation: bool) -> Source:
+    """The text without its chats."""
+    split, column = settings.get("split", "train"), settings.get("text_column", "text")
+    if not evaluation:
+        return Source(settings["dataset"], split, settings.get("subset"), column)
+    split, column = settings.get("eval_split") or split, settings.get("eval_text_column") or column
+    return Source(settings["eval_dataset"], split, settings.get("eval_subset"), column)
+
+
 @dataclass
 class Reading:
     """A model and its text, on a device; the base of a run's plan."""
@@ -51,22 +78,33 @@ class Reading:
     sweep: Sweep
     device: str
     world: World
+    recorded: Mapping[str, Any] = field(default_factory=dict, kw_only=True)  # what is recorded of the run, if any
 
     def source(self, evaluation: bool) -> Source:
-        """The text without its chats."""
-        sweep = self.sweep
-        if evaluation:
-            column = sweep.eval_text_column or sweep.text_column
-            return Source(sweep.eval_dataset, sweep.eval_split or sweep.split, sweep.eval_subset, column)
-        return Source(sweep.dataset, sweep.split, sweep.subset, sweep.text_column)
+        return source_of(vars(self.sweep), evaluation)
 
     @cached_property
     def held_out(self) -> bool:
         """Whether training and evaluation share text, so that a held-out part of it is for evaluation alone.
 
-        Of chats that is always so: both take them from one dataset.
+        Of chats that is always so: both take them from one dataset. A run has been trained on every text that it was
+        resumed with; what its run.json says of its evaluation text holds, and must do where its text is gone.
         """
-        return overlap(self.source(evaluation=False), self.source(evaluation=True))
+        evaluation, now = self.source(evaluation=True), self.source(evaluation=False)
+        if "dataset" not in self.recorded:
+            return overlap(now, evaluation)
+        trained_on = {source_of(settings, False) for settings in (self.recorded, *self.recorded.get("earlier", []))}
+        if evaluation == source_of(self.recorded, True) and (said := self.recorded.get("eval_is_held_out")):
+            return said
+        there = {source for source in {now, *trained_on} if source.is_there}
+        if any(overlap(source, evaluation) for source in there):
+            return True
+        if now not in there and evaluation != source_of(self.recorded, True):
+            raise ValueError(
+                f"{now.dataset}, which was trained on, is not here, so nobody knows whether {evaluation.dataset} "
+                "shares documents with it: say where it is with --dataset."
+            )
+        return False
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from dictionary_learning.formats import load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
 from dictionary_learning.model import LanguageModel, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
-from dictionary_learning.reading import evaluation_text
+from dictionary_learning.reading import evaluation_text, recorded_settings
 from dictionary_learning.results import RESULTS, find_named, said_by
 from dictionary_learning.sites import Place, route_of, words_of, writes_residual
 from dictionary_learning.tokenizer import TextMarks
@@ -434,10 +434,10 @@ def write_reports(
         try:
             ae, config = load_dictionary(named.name)
             route_of(config["trainer"])  # or it says why there is none
+            settings = (recorded_settings(named.record) if named.record else {}) or said_by(config)
         except (ValueError, OSError) as error:
             failures[named.name] = str(error)
             continue
-        settings = named.recorded or said_by(config)
         group = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))
         group[1].append((named.folder, ae, config))
     if not groups:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
 from .model import LanguageModel, same_model
-from .reading import Reading, run_record
+from .reading import Reading, recorded_settings, run_record
 from .sites import RESID_POST, Place, route_of, tap_of
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
@@ -33,7 +34,7 @@ class Named(NamedTuple):
 
     name: str  # what `load_dictionary` takes
     folder: Path  # that gets its results
-    recorded: Mapping[str, Any]  # the settings of its run; empty where it has none
+    record: Path | None  # the run.json of its run
 
 
 def find_named(name: str, save_dir: Path) -> list[Named]:
@@ -45,7 +46,7 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
     def one(path: Path, name: str) -> Named:
         elsewhere = save_dir / "evaluated" / name.strip("./").replace("/", "_")
         record = run_record(path) if path.exists() else None
-        return Named(name, path if path.is_dir() else elsewhere, read_json(record)["settings"] if record else {})
+        return Named(name, path if path.is_dir() else elsewhere, record)
 
     if not Path(name).is_dir():
         return [one(Path(name), name)]
@@ -60,6 +61,7 @@ class Subject:
     """A loaded SAE, with what it is evaluated on."""
 
     named: Named
+    recorded: Mapping[str, Any]  # the settings of its run; empty where it has none
     ae: Dictionary
     config: dict[str, Any]
     reading: Reading
@@ -69,7 +71,7 @@ class Subject:
         """What it reads and what it reconstructs."""
         return route_of(self.config["trainer"])
 
-    @property
+    @cached_property
     def mask(self) -> Mask:
         """The positions at which it is scored: those of its training, or all of them."""
         return Mask.of(self.config.get("buffer") or {}) if self.reading.sweep.mask else Mask(drop_bos=False)
@@ -80,7 +82,7 @@ class Subject:
         `eval_results.json` holds the results under the run's own settings, or the first ones of an SAE without a run.
         """
         path, now = self.named.folder / RESULTS, self.reading.evaluation_settings()
-        before = {name: value for name, value in self.named.recorded.items() if name in EVALUATION_SETTINGS}
+        before = {name: value for name, value in self.recorded.items() if name in EVALUATION_SETTINGS}
         if not before and path.is_file():
             before = read_json(path).get("hyperparameters", {}).get("settings", {})
         differing = {name: (before[name], now[name]) for name in before if before[name] != now[name]}
@@ -123,7 +125,8 @@ def evaluate(
     for named in share:
         try:
             subject = load(named, reading_of)
-            groups.setdefault(json.dumps(subject.reading.evaluation_settings()), []).append(subject)
+            kind = [subject.reading.evaluation_settings(), subject.reading.held_out]
+            groups.setdefault(json.dumps(kind), []).append(subject)
         except (ValueError, OSError) as error:
             failures[named.name] = str(error)
     measured: list[Measured] = []
@@ -160,9 +163,11 @@ def _model_of(reading: Reading) -> str:
 def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Subject:
     """The SAE with what it is evaluated on; ValueError where it cannot be."""
     ae, config = load_dictionary(named.name)
-    reading = reading_of(named.recorded or said_by(config))
+    recorded = recorded_settings(named.record) if named.record else {}
+    reading = reading_of(recorded or said_by(config))
     route_of(config["trainer"])  # or it says why there is none
-    subject = Subject(named, ae, config, reading)
+    subject = Subject(named, recorded, ae, config, reading)
+    _ = subject.mask  # a config that says what it cannot be stops no other
     check_model(config["trainer"], reading)
     return subject
 
@@ -233,7 +238,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
         if differing:
             one.notes.append(f"other settings than those of {RESULTS} ({'; '.join(differing)}): see {path}")
         one.notes += far_from_stated(one)
-        if not subject.named.recorded:  # then no run.json, and maybe no config.json, tells which SAE this is
+        if not subject.recorded:  # then no run.json, and maybe no config.json, tells which SAE this is
             sae = {"trainer": subject.config["trainer"], "source": subject.config.get("source")}
             evaluation.results["hyperparameters"] = {**evaluation.results["hyperparameters"], "sae": sae}
         write_json(path, evaluation.results)

@@ -28,12 +28,12 @@ from .formats.circuit_tracer import write as write_transcoders
 from .kernels import Shard, use_kernels
 from .model import LanguageModel, resolve_device
 from .plan import Plan, check_disk, check_text, checkpoint_steps, describe, memory, run_folder, size_text
-from .reading import Reading
+from .reading import Reading, recorded_settings
 from .results import RESULTS, Named, evaluate, find_named
 from .sites import Place, by_key, name_of, place_at, words_of
 from .start import load_start
 from .state import SavedState, load_state, save_state
-from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep
+from .sweep import ENDED_EARLY, EVALUATION_SETTINGS, INTERRUPTED, Architecture, Options, Sweep, check_recorded
 from .tracking import Tracker, WandbRuns
 from .training import (
     Interrupted,
@@ -61,8 +61,8 @@ def prepare_folder(plan: Plan) -> dict[str, Any]:
             raise ValueError(
                 f"{plan.folder} holds a run already: give --resume to continue it or --overwrite to replace it."
             )
-        settings = read_json(record)["settings"]
-        plan.text_shards = plan.sweep.text_shards or settings.get("text_shards", 1)  # whatever the processes now
+        settings = recorded_settings(record)
+        plan.text_shards = plan.sweep.text_shards or settings.get("text_shards") or 1  # whatever the processes now
     elif plan.options.resume:
         raise ValueError(f"there is no run to resume in {plan.folder}.")
     elif plan.folder.exists() and any(plan.folder.iterdir()):
@@ -500,8 +500,7 @@ def _command_again(plan: Plan) -> str:
 
 def evaluate_run(plan: Plan, mine: Sequence[int], tracker: Tracker) -> None:
     """Evaluate all SAEs of the run; of those that this rank tracks, note the results."""
-    settings = plan.settings()
-    saes = [Named(str(folder), folder, settings) for folder in plan.sae_folders]
+    saes = [Named(str(folder), folder, plan.folder / "run.json") for folder in plan.sae_folders]
     results = evaluate(saes, lambda _: plan, plan.rows, plan.world)
     for n, i in enumerate(mine):
         if str(plan.sae_folders[i]) in results:
@@ -518,10 +517,15 @@ def evaluate_only(
     options, _ = resolve({})
     device = str(world.place(resolve_device(options.device)))
 
+    readings: dict[str, Reading] = {}  # SAEs of one run have one
+
     def reading(recorded: Mapping[str, Any]) -> Reading:
+        check_recorded(recorded, "its config")
         # of what a file says nothing else is taken: that of somebody else's could ask for their code to be run
         names = (*EVALUATION_SETTINGS, "llm_batch_size", "eval_batch_size", "attn_implementation")
-        return Reading(*resolve({name: recorded[name] for name in names if name in recorded}), device, world)
+        said = {name: recorded[name] for name in names if name in recorded}
+        new = Reading(*resolve(said), device, world, recorded=recorded)
+        return readings.setdefault(json.dumps(recorded, sort_keys=True), new)
 
     names = options.eval_only or [str(run_folder(options))]
     saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])

@@ -5,8 +5,9 @@ nothing heavy is imported: `--help` answers at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Self
+from dataclasses import MISSING, dataclass, field, fields
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 # What the numbers of an evaluation depend on beside the SAE.
 EVALUATION_SETTINGS = (
@@ -178,6 +179,27 @@ class Sweep:
         return cls(**{name: value for group in defaults.values() for name, value in group.items()} | values)
 
 
+def check_recorded(settings: Mapping[str, Any], whose: str) -> None:
+    """ValueError where a file says of a setting what no flag could: settings are read from files that people edit."""
+    for known in (*fields(Options), *fields(Sweep)):
+        value = settings.get(known.name)
+        if known.name in settings and not _can_be(value, known.type, known.metadata):
+            raise ValueError(f"{whose} says {known.name} {value!r}, which it cannot be; restore it from a copy")
+
+
+def _can_be(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> bool:
+    if isinstance(annotation, UnionType):
+        return any(_can_be(value, part, metadata) for part in get_args(annotation))
+    if get_origin(annotation) is list:
+        (inner,) = get_args(annotation)
+        return isinstance(value, list) and bool(value) and all(_can_be(item, inner, metadata) for item in value)
+    if annotation is float:
+        return type(value) in (int, float)
+    if value is None or type(value) is not annotation:  # of bool and int too
+        return value is None and annotation is type(None)
+    return value in metadata.get("choices", (value,)) and (annotation is not int or value >= metadata.get("least", 1))
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One row of the grid: which trainer, which of its settings the sweep varies, and what else it is given."""
@@ -224,6 +246,12 @@ def check_sweep(sweep: Sweep, architectures: Sequence[str]) -> None:
         raise ValueError("--resample_steps cannot be combined with p_anneal in one run: give it to standard alone.")
     if not 0 < sweep.decay_start_fraction < 1:
         raise ValueError(f"--decay_start_fraction must lie between 0 and 1, got {sweep.decay_start_fraction}.")
+    if not sweep.max_norm_multiple > 0:
+        raise ValueError(f"--max_norm_multiple must be a positive number, got {sweep.max_norm_multiple}.")
+    if not sweep.backup_minutes >= 0:
+        raise ValueError(f"--backup_minutes must be a number, not a negative one, got {sweep.backup_minutes}.")
+    if max(sweep.random_seeds) >= 2**63:
+        raise ValueError(f"--random_seeds must be below 2**63, got {max(sweep.random_seeds)}.")
     if sweep.num_tokens < 20 * sweep.sae_batch_size:
         raise ValueError(
             f"--num_tokens {sweep.num_tokens:,} is too few: with --sae_batch_size {sweep.sae_batch_size:,} a run of at "
@@ -263,7 +291,7 @@ def get_schedule(sweep: Sweep) -> Schedule:
 
 
 def _whole(k: float) -> int:
-    if k != int(k):
+    if not float(k).is_integer():
         raise ValueError(f"--target_l0s must be whole numbers for the top-k family, got {k}.")
     return int(k)
 

@@ -108,7 +108,7 @@ def text_marks(tokenizer: Any, eos_ids: Iterable[int] = ()) -> TextMarks:
     Documents are separated by eos, but not by a token that the chat template names: the eos of an instruct model
     (`<|im_end|>` of Qwen3) ends a turn, not a document. Then it is the first of eos_ids (of the generation config) and
     `<|endoftext|>` that the template does not name, else bos, or pad where there is no bos. A context begins with bos,
-    or with the separator where there is none.
+    or with the separator where there is none, or one that begins the turns of chats (`<|im_start|>` of SmolLM2).
 
     Raises ValueError where there is no such token.
     """
@@ -127,10 +127,19 @@ def text_marks(tokenizer: Any, eos_ids: Iterable[int] = ()) -> TextMarks:
         advice = "name a pad_token in tokenizer_config.json that ends documents, such as <|endoftext|>"
         raise ValueError(f"the tokenizer has {what} to separate documents with: {advice}")
     return TextMarks(
-        bos_id=separator_id if bos_id is None else bos_id,
+        bos_id=separator_id if bos_id is None or (template and _begins_turns(tokenizer)) else bos_id,
         separator_id=separator_id,
         pad_id=separator_id if pad_id is None else pad_id,
     )
+
+
+def _begins_turns(tokenizer: Any) -> bool:
+    """Whether the chat template writes bos more than once in a question and its answer."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False).count(tokenizer.bos_token) > 1
+    except Exception:  # a template is a program of the model's authors, and chats are not asked for here
+        return False
 
 
 def generation_eos_ids(name: str, revision: str | None = None) -> list[int]:

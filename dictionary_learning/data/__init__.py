@@ -6,10 +6,10 @@ readers -> sources -> rows and hub -> documents -> chats -> contexts -> batches
 from .batches import MARK, PADDING, TEXT, Prefetched, TextBatches, open_batches
 from .chats import default_system_prompt
 from .contexts import ChatContexts, Context, Marks, MixedContexts, PackedContexts
-from .documents import CHAT_DATASET, EVAL_DATASET, Documents, estimate_tokens, open_documents
+from .documents import CHAT_DATASET, EVAL_DATASET, Documents, estimate_tokens, open_documents, overlap
 from .hub import HubRows
 from .rows import FileRows, python_stdlib
-from .sources import BUILT_IN, Source, overlap
+from .sources import BUILT_IN, Source
 from .stream import Stream, is_held_out, skipped_sentence
 
 __all__ = [

@@ -57,7 +57,9 @@ def default_system_prompt(tokenizer: Any) -> str | None:
     for end in (parts[-1], asked.rpartition("question2")[2]):
         question = between.removeprefix(end)
         if len(parts) == 5 and between.startswith(end) and start.endswith(question):
-            return _without_prefix(start.removesuffix(question).removeprefix(tokenizer.bos_token or ""), text)
+            prompt, bos = start.removesuffix(question), tokenizer.bos_token
+            # some tokenizers call what begins a turn their bos
+            return _without_prefix(prompt.removeprefix(bos) if bos and text.count(bos) == 1 else prompt, text)
     words = set(re.findall(r"\w+", re.sub(MARKUP, " ", start)))
     return "" if words <= set(re.findall(r"\w+", "".join(parts[1:]))) else None
 

@@ -1,11 +1,13 @@
 """Contexts: lists of token ids of at most the length that the language model reads."""
 
 import bisect
+import itertools
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .chats import LITERAL, LITERAL_END, ChatTexts, default_system_prompt
+from .chats import LITERAL, LITERAL_END, ChatTexts, default_system_prompt, special_tokens
 from .documents import CHUNK_CHARACTERS
 from .stream import Stream
 
@@ -37,6 +39,46 @@ class Marks(NamedTuple):
         return cls(marks[0], marks[-1], marks[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
+def _ids(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
+    # not verbose: it is no mistake here that a text is longer than the model's context
+    options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """What makes token ids of texts in which nothing is a special token, whatever they write.
+
+    With `split_special_tokens` a tokenizer does not look for these beforehand, but its model may still find one as a
+    piece of its vocabulary: Unigram and WordLevel do. There it is found under no name that a text could have.
+    """
+
+    def split(texts: list[str]) -> list[list[int]]:
+        return _ids(tokenizer, texts, split_special_tokens=True)
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return split
+    special = special_tokens(tokenizer)
+    made = split([text.format(name) for name in special for text in ("{}", " {}", "x{}x")])
+    if set(special.values()).isdisjoint(itertools.chain.from_iterable(made)):
+        return split
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    hidden = {name: f"{LITERAL}{id}" for name, id in special.items() if name != model.get("unk_token")}
+    if "merges" in model:
+        merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+        model["merges"] = [merge for merge in merges if hidden.keys().isdisjoint({*merge, "".join(merge)})]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    for token in content["added_tokens"]:
+        token["content"] = hidden.get(token["content"], token["content"])
+    content |= {"post_processor": None, "truncation": None, "padding": None}
+    plain = type(backend).from_str(json.dumps(content))
+    return lambda texts: [encoding.ids for encoding in plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 class Context(NamedTuple):
     """The token ids of a context, and the places in it of those that packing put there."""
 
@@ -63,6 +105,7 @@ class PackedContexts(Stream):
             raise ValueError(f"context_length must be at least 2 (bos and a token), got {context_length}")
         self.documents, self.tokenizer, self.context_length = documents, tokenizer, context_length
         self.bos_id, self.separator_id, _ = marks or Marks.of(tokenizer)
+        self._as_text = text_encoder(tokenizer)
         self.tokens: list[int] = []  # from `_at` on, to be served
         self.marks: list[int] = []  # where in `tokens` there are marks
         self.started = False  # a document came before
@@ -84,12 +127,7 @@ class PackedContexts(Stream):
         self._at = 0
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._ids(texts, split_special_tokens=True)
-
-    def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
-        # not verbose: it is no mistake here that a text is longer than the model's context
-        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+        return self._as_text(texts)
 
     def _tokenise(self) -> Iterator[tuple[list[int], bool]]:
         """The token ids of the documents, and whether a document begins with them: a very long one is in several."""
@@ -189,11 +227,9 @@ class ChatContexts(PackedContexts):
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """The template's special tokens are such; what the conversation writes like one is text."""
-        if not any(LITERAL in text for text in texts):
-            return self._ids(texts)
         pieces = [re.split(f"[{LITERAL}{LITERAL_END}]", text) for text in texts]  # every second is literal
-        own = iter(self._ids([piece for text in pieces for piece in text[::2]]))
-        literal = iter(self._ids([piece for text in pieces for piece in text[1::2]], split_special_tokens=True))
+        own = iter(_ids(self.tokenizer, [piece for text in pieces for piece in text[::2]]))
+        literal = iter(self._as_text([piece for text in pieces for piece in text[1::2]]))
         return [[id for i, _ in enumerate(text) for id in next(literal if i % 2 else own)] for text in pieces]
 
 

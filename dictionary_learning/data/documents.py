@@ -1,20 +1,24 @@
 """Documents: one column of the rows, without what is empty or no text."""
 
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from .hub import RETRY_WAITS_S, HubRows, hub_rows
-from .rows import LocalRows, stdlib_files
-from .sources import BUILT_IN, Source
+from .readers import Part, read_part
+from .rows import FileRows, LocalRows, stdlib_files
+from .sources import BUILT_IN, Source, files_of, share_a_source
 from .stream import Stream, is_held_out
 
 EVAL_DATASET = "monology/pile-uncopyrighted"
 CHAT_DATASET = "lmsys/lmsys-chat-1m"
 CHAT_COLUMNS = ("conversation", "messages", "conversations")
 CHUNK_CHARACTERS = 2**18  # tokenised in one call; a tokenizer takes some 300 bytes of memory a character
+COMPARED_ROWS = 10_000  # of each of two texts, in search of a document that both have
 ROWS_WITHOUT_COLUMN = 1000  # at the start, until it is an error that no row has it
 # who speaks, as ShareGPT calls them
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
@@ -159,17 +163,11 @@ class Documents(Stream):
         return row
 
     def _value(self, row: Any) -> Any:
-        """What stands in the first of the columns that the row has."""
-        if not isinstance(row, dict):
-            return None
-        for column in self.columns:
-            value = row
-            for name in [column] if column in row else column.split("."):
-                value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
-            if value is not _ABSENT:
-                self.found_column = True
-                return value
-        if not self.found_column:
+        value = _in_columns(row, self.columns)
+        if value is not _ABSENT:
+            self.found_column = True
+            return value
+        if not self.found_column and isinstance(row, dict):
             self._there |= dict.fromkeys(row)
         return None
 
@@ -180,6 +178,46 @@ class Documents(Stream):
 
 
 _ABSENT = object()
+
+
+def _in_columns(row: Any, columns: Sequence[str]) -> Any:
+    """What stands in the first of the columns that the row has."""
+    for column in columns if isinstance(row, dict) else ():
+        value = row
+        for name in [column] if column in row else column.split("."):
+            value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT:
+            return value
+    return _ABSENT
+
+
+def _to_be_read(columns: Sequence[str]) -> list[str]:
+    return [name for column in columns for name in {column, column.split(".")[0]}]
+
+
+def overlap(one: Source, other: Source) -> bool:
+    """Whether some text may be in both: what is trained on is then to be held out of the evaluation.
+
+    That is so where they have a source in common and, as the same documents may be packed, in another format or a part
+    of a larger file, where one is among the first `COMPARED_ROWS` of both local texts. Of the Hub nothing is read.
+    """
+    if share_a_source(one, other):
+        return True
+    return None not in (one.path, other.path) and not _first_documents(one).isdisjoint(_first_documents(other))
+
+
+def _first_documents(source: Source) -> set[int]:
+    """Hashes of documents at the start of each file of a local text."""
+    assert source.path is not None
+    columns, found = (source.text_column,), set()
+    read = partial(read_part, columns=_to_be_read(columns))
+    files = files_of(source.path, source.split).chosen
+    for file in files:
+        rows = FileRows([Part(file)], read, skip_damaged=True)  # what is damaged is told where it is read
+        for row in itertools.islice(rows, max(1, COMPARED_ROWS // len(files))):
+            document, fault = as_text(_in_columns(row, columns))
+            found |= set() if fault else {hash(_key(document))}
+    return found
 
 
 def open_documents(
@@ -214,7 +252,7 @@ def open_documents(
     source = Source(dataset, split, subset, text_column, revision)
     columns = CHAT_COLUMNS if chats else (text_column,)
     reading: dict[str, Any] = {"shuffle": shuffle, "skip_damaged": skip_damaged}
-    reading["columns"] = [name for column in columns for name in {column, column.split(".")[0]}]
+    reading["columns"] = _to_be_read(columns)
     path = source.path
     if dataset == BUILT_IN:
         if split != "train":

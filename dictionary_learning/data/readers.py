@@ -119,7 +119,8 @@ class DamagedError(ValueError):
 
 def read_part(part: Part, skip: int = 0, columns: Sequence[str] = ()) -> Iterator[Any]:
     """The rows of a part of a file but for the first `skip`: lines or elements of json, records of csv, rows of a
-    table, documents of a .txt. Of a table only the `columns` that it has of these, all of them where it has none.
+    table, documents of a .txt. Of a table only the `columns` are read; where it has none of these, rows of null say
+    which it has.
 
     Raises DamagedError, which names the file.
     """
@@ -134,7 +135,7 @@ def read_part(part: Part, skip: int = 0, columns: Sequence[str] = ()) -> Iterato
             elif kind == "json":
                 rows = _json_rows(file, part)
             else:
-                rows = _csv_rows(file, "\t" if kind == "tsv" else ",")
+                rows = _csv_rows(file, part.path, "\t" if kind == "tsv" else ",")
             yield from itertools.islice(rows, skip, None)
     # what the readers of these formats raise on bytes that are not theirs (pyarrow's errors derive from these)
     except (
@@ -190,17 +191,27 @@ def _is_lines(path: Path, first: bytes, second: bytes) -> bool:
     if _suffix(path) != ".json":
         return True
     try:
-        json.loads(first.removeprefix(b"\xef\xbb\xbf"))
+        _loads(first)
     except ValueError:
         return False  # an object over several lines
     return True
+
+
+def _loads(content: bytes) -> Any:
+    content = content.removeprefix(b"\xef\xbb\xbf") or b"[]"
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # a number of more digits than Python makes whole numbers of, which no text is
+        return json.loads(content, parse_int=float)
 
 
 def _json_rows(file: BinaryIO, part: Part) -> Iterator[Any]:
     first = file.readline() if part.start == 0 else b""
     second = file.readline() if part.start == 0 else b""
     if part.start == 0 and not _is_lines(part.path, first, second):
-        value = json.loads((first + second + file.read()).removeprefix(b"\xef\xbb\xbf") or b"[]")
+        value = _loads(first + second + file.read())
         if isinstance(value, dict) and isinstance(value.get("data"), list):
             value = value["data"]
         yield from value if isinstance(value, list) else [value]
@@ -217,7 +228,7 @@ def _json_rows(file: BinaryIO, part: Part) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            row = _loads(line)
         except ValueError as error:
             raise ValueError(f"line {_line_number(part.path, at)}: {one_line(error)}") from error
         yield row
@@ -232,7 +243,7 @@ def _line_number(path: Path, end: int) -> int:
 # -- csv
 
 
-def _csv_rows(file: BinaryIO, delimiter: str) -> Iterator[dict[str, str] | None]:
+def _csv_rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[dict[str, str] | None]:
     """Records by the names in the first; None for one with more or fewer fields, of which none can be trusted."""
     csv.field_size_limit(2**31 - 1)  # the module's limit of 128 KiB is no part of the format
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
@@ -242,16 +253,26 @@ def _csv_rows(file: BinaryIO, delimiter: str) -> Iterator[dict[str, str] | None]
             for record in reader:
                 if record:
                     yield dict(zip(names, record, strict=True)) if len(record) == len(names) else None
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {one_line(error)}") from error
+        except UnicodeDecodeError as error:  # of a block of many lines
+            raise ValueError(f"line {_undecoded_line(path)}: {one_line(error)}") from error
+
+
+def _undecoded_line(path: Path) -> int:
+    with _open(path) as file:
+        return next(n for n, line in enumerate(file, 1) if line.decode(errors="ignore").encode() != line)
 
 
 # -- tables
 
 
 def _table_rows(part: Part, kind: str, skip: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    n_rows, batches = (_parquet_batches if kind == "parquet" else _arrow_batches)(part.path, columns)
+    n_rows, names, batches = (_parquet_batches if kind == "parquet" else _arrow_batches)(part.path, columns)
     first, end = round(part.start * n_rows) + skip, round(part.end * n_rows)
+    if not _wanted(names, columns):
+        yield from (dict.fromkeys(names) for _ in range(first, end))
+        return
     for at, batch in batches(first):
         if at >= end:
             return
@@ -262,10 +283,14 @@ def _table_rows(part: Part, kind: str, skip: int, columns: Sequence[str]) -> Ite
 
 
 def _wanted(names: Sequence[str], columns: Sequence[str]) -> list[str]:
-    return [name for name in names if name in columns] or list(names)
+    return [name for name in names if name in columns] if columns else list(names)
 
 
-def _parquet_batches(path: Path, columns: Sequence[str]) -> tuple[int, Callable[[int], Iterator[tuple[int, Any]]]]:
+# the rows, the names of all columns, and from a row on what comes, with where it begins
+Batches = tuple[int, list[str], Callable[[int], Iterator[tuple[int, Any]]]]
+
+
+def _parquet_batches(path: Path, columns: Sequence[str]) -> Batches:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
@@ -284,10 +309,10 @@ def _parquet_batches(path: Path, columns: Sequence[str]) -> tuple[int, Callable[
                 yield at, batch
                 at += batch.num_rows
 
-    return file.metadata.num_rows, batches
+    return file.metadata.num_rows, list(file.schema_arrow.names), batches
 
 
-def _arrow_batches(path: Path, columns: Sequence[str]) -> tuple[int, Callable[[int], Iterator[tuple[int, Any]]]]:
+def _arrow_batches(path: Path, columns: Sequence[str]) -> Batches:
     """Of both forms of Arrow files: the stream, which `save_to_disk` writes, and the one with an index, as Feather."""
     import pyarrow
 
@@ -296,17 +321,19 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> tuple[int, Callable[[i
         with source:
             if source.read(6) == b"ARROW1":
                 reader = pyarrow.ipc.open_file(source)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
+                yield from map(reader.get_batch, range(reader.num_record_batches))
             else:
                 source.seek(0)
-                batches = pyarrow.ipc.open_stream(source)
-            for batch in batches:
-                yield batch.select(_wanted(batch.schema.names, columns))
+                yield from pyarrow.ipc.open_stream(source)
 
     def batches(first: int) -> Iterator[tuple[int, Any]]:
         at = 0
         for batch in read():
-            yield at, batch
+            yield at, batch.select(_wanted(batch.schema.names, columns))
             at += batch.num_rows
 
-    return sum(batch.num_rows for batch in read()), batches
+    names: list[str] = []
+    n_rows = 0
+    for batch in read():
+        names, n_rows = batch.schema.names, n_rows + batch.num_rows
+    return n_rows, names, batches

@@ -1,6 +1,7 @@
 """Rows: of the standard library and of local files, one after another or side by side."""
 
 import bisect
+import hashlib
 import itertools
 import os
 import random
@@ -47,7 +48,8 @@ def python_stdlib(held_out: bool) -> Iterator[tuple[str, str]]:
 class FileRows(Stream):
     """The rows of files one after another: `read(file, start)` gives those of a file from row `start` on.
 
-    With `skip_damaged`, what cannot be read of a file is skipped and counted.
+    With `skip_damaged`, what cannot be read of a file is skipped and counted. The place at the end is that in the last
+    file: what is added to it, and the files that are added after it, are read when the text is gone on with.
     """
 
     saved = ("file", "row", "damaged")
@@ -74,15 +76,27 @@ class FileRows(Stream):
                 if not self.skip_damaged:
                     raise
                 self.damaged.append(str(error))
+            else:
+                if self.file + 1 == len(self.files):
+                    break
             self.file, self.row, self._rows = self.file + 1, 0, None
         raise StopIteration
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "n_files": len(self.files)}
+        return {**super().state_dict(), "n_files": len(self.files), "names": self._names(len(self.files))}
+
+    def _names(self, n: int) -> str:
+        """A hash of the names of the first files."""
+        names = [file.path.name if isinstance(file, Part) else str(file) for file in self.files[:n]]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["n_files"] != len(self.files):
-            raise ValueError(f"the text had {state['n_files']} files when this state was saved, now {len(self.files)}")
+        n = state["n_files"]
+        if n != len(self.files) and state.get("names") != self._names(n):
+            raise ValueError(
+                f"the text had {n} files when this state was saved, now {len(self.files)}, and not those with others "
+                "after them: name what is added as a --dataset of its own"
+            )
         super().load_state_dict(state)
         self._rows = None
 
@@ -162,9 +176,11 @@ class LocalRows(Stream):
     ):
         self.path, self.split, self.files = path, split, files_of(path, split)
         read = partial(read_part, columns=columns)
+        self.size: int | None = None  # of all files, where it decides on the order
         if shuffle is None:
             self.rows: Stream = FileRows([Part(file) for file in self.files.chosen], read, skip_damaged)
             return
+        self.size = sum(file.stat().st_size for file in self.files.chosen)
         whole = [(file, file.stat().st_size, can_be_cut(file)) for file in self.files.chosen]
         groups, sizes = stretches(whole, STRETCHES, shuffle)
         streams = [FileRows([Part(*part) for part in group], read, skip_damaged) for group in groups]
@@ -173,7 +189,15 @@ class LocalRows(Stream):
     def __next__(self) -> Any:
         return next(self.rows)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | ({} if self.size is None else {"size": self.size})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.size is not None and state.get("size", self.size) != self.size:
+            raise ValueError(
+                f"{self.path} had {state['size']:,} bytes when this state was saved and has {self.size:,}, so its "
+                "shuffled order is another: name what is added as a --dataset of its own"
+            )
         super().load_state_dict(state if "rows" in state else {"rows": state})  # older versions saved these alone
 
     @property

@@ -52,13 +52,22 @@ class Source:
         return path / self.subset
 
     @property
+    def is_there(self) -> bool:
+        """False where it is the name of a file that is not there; the Hub is not asked."""
+        try:
+            _ = self.path
+        except ValueError:
+            return False
+        return True
+
+    @property
     def splits(self) -> set[str]:
         """The names in "train", "train+test" or "train[:10%]"."""
         return {part.split("[")[0].strip() for part in self.split.split("+")}
 
 
-def overlap(one: Source, other: Source) -> bool:
-    """Whether some text may be in both: what is trained on is then to be held out of the evaluation.
+def share_a_source(one: Source, other: Source) -> bool:
+    """Whether both are of a Hub dataset or have a file in common.
 
     Files are the same by what they are, not by their names, copies among them. Of a Hub dataset, other splits are
     other text; another subset or revision may hold the same.
@@ -97,6 +106,8 @@ def files_of(path: Path, split: str) -> Files:
     `train-00.parquet`, `my_train.jsonl`, `test/a.jsonl`. What is of no split is of "train" where no file is said to be.
     """
     if not path.is_dir():
+        if set(split) & set("[+"):
+            raise ValueError(f"{path} is a file, of which there is no split {split!r}: only Hub datasets have parts")
         files = Files([path], [])
     else:
         files = _split_of(path, _walk(path), split)

@@ -52,6 +52,9 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     full = config_of(place, NAME, ae, Said(site=site, site_out=trainer.get("site_out")))
     source = config.get("source") or full["source"]  # of one that was converted, where it came from
     buffer = config.get("buffer") or full["buffer"]
+    for part, value in (("buffer", buffer), ("source", source)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{said} says {part} {value!r}, which is no object; restore it from a copy.")
     layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
     config = {**config, "trainer": full["trainer"] | trainer | known, "buffer": buffer, "source": source}

@@ -27,6 +27,8 @@ class JumpReluConfig(SparsityWarmup, TrainerConfig):
         super().__post_init__()
         self.check_sparsity_warmup(self.steps, self.decay_start)
         self.check_range("target_l0", "bandwidth", positive=True)
+        if self.target_l0 > self.dict_size:
+            raise ValueError(f"target_l0 must be at most dict_size {self.dict_size}, got {self.target_l0}.")
         self.check_range("sparsity_penalty")
 
 

@@ -300,6 +300,13 @@ def test_a_disk_that_is_too_small_is_noticed_before_training(run, tmp_path, monk
         (["--context_length", 4096], "context_length"),
         (["--target_l0s", 33, "--architectures", "top_k"], "dict_size"),
         (["--architectures", "matryoshka_batch_top_k", "--dictionary_widths", 24], "too small for groups"),
+        (["--target_l0s", 33, "--architectures", "jump_relu"], "dict_size"),
+        (["--target_l0s", "inf"], "whole numbers"),
+        (["--target_l0s", "nan"], "whole numbers"),
+        (["--random_seeds", 2**63], "--random_seeds"),
+        (["--max_norm_multiple", 0], "--max_norm_multiple"),
+        (["--max_norm_multiple", "nan"], "--max_norm_multiple"),
+        (["--backup_minutes", "nan"], "--backup_minutes"),
         (["--resume"], "no run to resume"),
         (["--upload_only", "saes"], "hf_repo_id"),
         (["--eval_only", "/nowhere"], "/nowhere"),
@@ -319,6 +326,32 @@ def test_unknown_architecture_and_flag(run, capsys):
             run(*flags)
         assert stop.value.code == 2
         assert flags[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["abc", "1.5", "nan", "inf", "1e400", "0", "-1", ""])
+def test_what_is_no_whole_number_is_said(text, run, capsys):
+    with pytest.raises(SystemExit):
+        run("--epochs", text)
+    assert f"argument --epochs: {text} is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_whole_numbers_are_taken_as_they_are_written():
+    import demo
+
+    args = demo.build_parser().parse_args(
+        "--num_tokens 5e7 --buffer_tokens 50_000 --random_seeds 9007199254740993".split()
+    )
+    assert (args.num_tokens, args.buffer_tokens, args.random_seeds) == (50_000_000, 50_000, [2**53 + 1])
+
+
+@pytest.mark.parametrize("stage", ["evaluate_run", "plot", "open_source"])
+def test_sigterm_beside_training_is_said_too(stage, run, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"dictionary_learning.run.{stage}", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert run("--architectures", "top_k") == 75
+    assert "--resume" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+    assert run("--architectures", "top_k", "--resume") == 0
 
 
 def test_an_empty_dataset_is_refused(run, tmp_path, capsys):

@@ -110,6 +110,106 @@ def test_several_runs_are_one_table(trained, run, tmp_path, capsys):
     assert {row.split()[0] for row in rows} == {str(trained[0]), str(trained[1]), str(other)}
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[("context_length", value) for value in ("32", None, 1.5, True)],
+        *[("eval_num_inputs", 0), ("mask", "yes"), ("mask", None), ("random_seeds", 0), ("random_seeds", [])],
+        *[("dtype", "float64"), ("dtype", 32), ("eval_dataset", 5), ("chat_fraction", "a tenth"), ("model_name", None)],
+        *[
+            ("eval_text_column", ["text"]),
+            ("llm_batch_size", None),
+            ("eval_batch_size", "all"),
+            ("quantization", "2bit"),
+        ],
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(name, value, trained, capsys):
+    path = trained[0].parents[1] / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"settings": record["settings"] | {name: value}}))
+    assert run_bare("--eval_only", path.parent) == 2
+    assert f"{name} {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": null}', '{"settings": [1]}', '{"settings": {'])
+def test_a_damaged_run_stops_no_other(content, trained, run, tmp_path, capsys):
+    assert run("--save_dir", tmp_path / "other", "--architectures", "gated", "--no_eval") == 0
+    (other,) = find_saes(tmp_path / "other")
+    (trained[0].parents[1] / "run.json").write_text(content)
+    capsys.readouterr()
+    assert run_bare("--eval_only", trained[0], other) == 0
+    told = capsys.readouterr()
+    assert "run.json" in told.err and "gated" in told.out
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        *[("buffer", {"median_norm": value, "max_norm_multiple": 10.0}) for value in ("x", -1.0, [1])],
+        *[("buffer", {"median_norm": 1.0}), ("buffer", {"mask": "yes"}), ("buffer", 3), ("source", [1])],
+    ],
+)
+def test_a_config_that_says_what_cannot_be_stops_no_other(part, value, trained, capsys):
+    path = trained[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    capsys.readouterr()
+    assert run_bare("--eval_only", trained[0], trained[1]) == 0
+    assert f"not evaluated: {trained[0]}" in capsys.readouterr().err
+
+
+def corpus(path: Path, word: str, n: int = 120) -> Path:
+    rows = [{"text": " ".join(f"{word}{i * j % 97}" for j in range(1, 40))} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_whose_training_text_is_gone_is_evaluated_on_its_evaluation_text(run, tmp_path, capsys):
+    train, held = corpus(tmp_path / "train.jsonl", "a"), corpus(tmp_path / "eval.jsonl", "b")
+    assert run("--architectures", "top_k", "--dataset", train, "--eval_dataset", held) == 0
+    (path,) = find_saes(tmp_path)
+    before = results(path)
+    train.rename(tmp_path / "moved.jsonl")
+    assert run_bare("--eval_only", path) == 0 and results(path) == before
+    other = corpus(tmp_path / "other.jsonl", "c")
+    capsys.readouterr()
+    assert run_bare("--eval_only", path, "--eval_dataset", other) == 2
+    assert "say where it is with --dataset" in capsys.readouterr().err
+    assert run_bare("--eval_only", path, "--eval_dataset", other, "--dataset", tmp_path / "moved.jsonl") == 0
+
+
+def test_what_is_held_out_stays_so_where_the_training_text_is_gone(run, tmp_path):
+    train = corpus(tmp_path / "train.jsonl", "a", 400)
+    held = tmp_path / "copy.jsonl"
+    held.write_bytes(train.read_bytes())
+    assert run("--architectures", "top_k", "--dataset", train, "--eval_dataset", held) == 0
+    (path,) = find_saes(tmp_path)
+    before = results(path)
+    train.unlink()
+    assert run_bare("--eval_only", path) == 0 and results(path) == before
+    assert before["hyperparameters"]["held_out"]
+
+
+def test_every_text_that_a_run_was_resumed_with_is_held_out(run, tmp_path, no_estimate):
+    first, second = corpus(tmp_path / "first.jsonl", "a"), corpus(tmp_path / "second.jsonl", "b")
+    held = corpus(tmp_path / "eval.jsonl", "c")
+    flags = ("--architectures", "top_k", "--num_tokens", 40_000, "--eval_dataset", held)
+    assert run(*flags, "--dataset", first) == 3
+    assert run(*flags, "--dataset", second, "--resume", "--epochs", 9) == 0
+    (path,) = find_saes(tmp_path)
+    for text, is_held_out in ((first, True), (second, True), (held, False)):
+        assert run_bare("--eval_only", path, "--eval_dataset", text, "--eval_num_inputs", 3) == 0
+        newest = max(path.glob("eval_results*.json"), key=lambda file: file.stat().st_mtime_ns)
+        assert results(path, newest.name)["hyperparameters"]["held_out"] is is_held_out
+
+
+def test_training_alone_needs_no_evaluation_text(run, tmp_path, capsys):
+    empty = tmp_path / "eval.jsonl"
+    empty.write_text("\n")
+    assert run("--architectures", "top_k", "--eval_dataset", empty, "--no_eval") == 0
+    assert run("--architectures", "top_k", "--eval_dataset", empty, "--overwrite") == 2
+
+
 def test_an_empty_folder_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run_bare("--eval_only", tmp_path / "empty") == 2
@@ -158,6 +258,41 @@ def test_a_run_that_ended_early_goes_on_with_other_text(run, text_file, tmp_path
     assert run(*flags, "--resume", "--dataset", more) == 0
     (path,) = find_saes(tmp_path)
     assert json.loads((path.parents[1] / "run.json").read_text())["settings"]["dataset"] == str(more)
+
+
+@pytest.mark.parametrize("in_a_file_of_its_own", [False, True])
+def test_a_run_that_ended_early_goes_on_with_what_is_added(in_a_file_of_its_own, run, text_file, tmp_path, no_estimate):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    rows = text_file.read_text()
+    (texts / "a.jsonl").write_text(rows)
+    flags = ("--architectures", "top_k", "--num_tokens", 40_000, "--no_eval", "--dataset", texts)
+    assert run(*flags) == 3
+    more = rows.replace("word", "term") * 3
+    (texts / ("b.jsonl" if in_a_file_of_its_own else "a.jsonl")).write_text(
+        more if in_a_file_of_its_own else rows + more
+    )
+    assert run(*flags, "--resume") == 0
+    (path,) = find_saes(tmp_path)
+    assert json.loads((path.parents[1] / "run.json").read_text())["rows"] == 4 * rows.count("\n")
+
+
+def test_other_text_is_needed_for_the_tokens_that_are_left_alone(run, text_file, tmp_path, monkeypatch, capsys):
+    flags = ("--architectures", "top_k", "--num_tokens", 40_000, "--no_eval")
+    with monkeypatch.context() as patched:
+        patched.setattr("dictionary_learning.run.check_text", lambda plan: None)
+        assert run(*flags) == 3
+    (path,) = find_saes(tmp_path)
+    record = json.loads((path.parents[1] / "run.json").read_text())
+    assert 10_000 < record["ended_early"]["tokens"] < 36_000
+    more, few = tmp_path / "more.jsonl", tmp_path / "few.jsonl"
+    few.write_text("".join(text_file.read_text().replace("word", "tiny").splitlines(True)[:3]))
+    more.write_text(text_file.read_text().replace("word", "term"))
+    capsys.readouterr()
+    assert run(*flags, "--resume", "--dataset", few) == 2
+    error = capsys.readouterr().err
+    assert "--epochs" in error and "--num_tokens" not in error
+    assert run(*flags, "--resume", "--dataset", more) == 0
 
 
 def test_a_run_begun_before_a_setting_existed_is_resumed(run, tmp_path, capsys):

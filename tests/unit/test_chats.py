@@ -132,6 +132,16 @@ def test_a_prompt_whose_last_turn_ends_in_another_way_is_taken_out_whole(tokeniz
     assert gpt_oss.decode(tokens[1:]).startswith("<|start|>user")
 
 
+def test_a_prompt_is_taken_out_whole_where_bos_begins_the_turns(many_tokens):
+    """SmolLM2 calls `<|im_start|>` its bos."""
+    many_tokens.bos_token = "<|im_start|>"
+    smol = chat_tokenizer(many_tokens, QWEN)
+    assert default_system_prompt(smol).startswith("<|im_start|>system")
+    marks = Marks(*(many_tokens.convert_tokens_to_ids(["<|endoftext|>"] * 3)))
+    (tokens, _), *_ = ChatContexts(FromList(chats(1)), smol, 1000, removal_fraction=1.0, marks=marks)
+    assert smol.decode(tokens).startswith("<|endoftext|><|im_start|>user")
+
+
 def test_a_prompt_that_cannot_be_taken_out_is_said_to_stay(tokenizer):
     contexts = ChatContexts(FromList(chats(3)), chat_tokenizer(tokenizer, UNCLEAR), 1000)
     assert default_system_prompt(contexts.tokenizer) is None and len(list(contexts)) == 3

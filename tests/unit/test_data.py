@@ -700,7 +700,21 @@ def test_file_rows_skip_what_was_read():
     again.load_state_dict(rows.state_dict())
     assert list(again) == [("b", 1), ("b", 2)] and opened[-1] == ("b", 1)
     with pytest.raises(ValueError, match="had 2 files when this state was saved, now 3"):
-        FileRows("abc", read).load_state_dict(rows.state_dict())
+        FileRows("aab", read).load_state_dict(rows.state_dict())
+
+
+def test_what_is_added_at_the_end_of_files_is_read_when_they_are_gone_on_with():
+    length = {"a": 3, "b": 2}
+
+    def read(file, start):
+        return [(file, row) for row in range(start, length[file])]
+
+    rows = FileRows("ab", read)
+    assert len(list(rows)) == 5 and next(rows, None) is None
+    length |= {"a": 4, "b": 4, "c": 1}
+    again = FileRows("abc", read)
+    again.load_state_dict(rows.state_dict())
+    assert list(again) == [("b", 2), ("b", 3), ("c", 0)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.zst", "jsonl.gz", "parquet", "save_to_disk"])

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "plotting": "files",
     "model_card": "files plotting",
     "hub": "files model_card",
-    "reading": "data model sweep world",
+    "reading": "data files model sweep world",
     "results": "buffer dictionary evaluation files formats model reading sites sweep world",
     "report": "buffer data dictionary files formats model plotting reading results sites tokenizer",
     "plan": "cache data model reading sites start sweep world",

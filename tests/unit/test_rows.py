@@ -1,14 +1,19 @@
 """What people bring as text: which files are read, how, and in which order."""
 
 import bz2
+import gzip
 import itertools
 import json
 import lzma
 import os
 from collections import Counter
 
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import zstandard
+from datasets import Dataset
 from test_data import TEXTS, assert_resumes, write_jsonl
 
 from dictionary_learning.data import (
@@ -209,7 +214,70 @@ def test_text_is_the_same_by_its_files_whatever_they_are_called(tmp_path, monkey
     assert not overlap(hub, Source("user/set", split="test")) and not overlap(hub, Source("user/other"))
 
 
+def test_the_same_documents_in_another_form_are_the_same_text(tmp_path):
+    rows = [{"text": f"document {i}", "body": f"body {i}"} for i in range(60)]
+    texts, other = Source(str(tmp_path / "a.jsonl")), Source(str(tmp_path / "other.jsonl"))
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "other.jsonl", [{"text": f"another {i}"} for i in range(60)])
+    write_jsonl(tmp_path / "part.jsonl", rows[40:])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "a.json").write_text(json.dumps(rows[::-1]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("part.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "saved"):
+        same = Source(str(tmp_path / name))
+        assert overlap(texts, same) and overlap(same, texts) and not overlap(other, same), name
+    assert not overlap(texts, Source(str(tmp_path / "a.parquet"), text_column="body"))
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "folder" / "test.jsonl", rows[:5])
+    assert overlap(Source(str(tmp_path / "folder")), Source(str(tmp_path / "folder"), split="test"))
+
+
+@pytest.mark.parametrize("split", ["train[:10]", "train+test"])
+def test_a_file_has_no_parts_of_splits(split, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "all of it"}])
+    with pytest.raises(ValueError, match="only Hub datasets have parts"):
+        open_documents(str(tmp_path / "a.jsonl"), split=split)
+
+
+def test_shuffled_text_that_has_grown_is_in_another_order(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"text": f"document {i}"} for i in range(60)])
+    documents = open_documents(str(path), shuffle=0)
+    next(documents)
+    state = documents.state_dict()
+    open_documents(str(path), shuffle=0).load_state_dict(state)
+    write_jsonl(path, [{"text": f"document {i}"} for i in range(61)])
+    with pytest.raises(ValueError, match="its shuffled order is another"):
+        open_documents(str(path), shuffle=0).load_state_dict(state)
+
+
 # Columns and rows
+
+
+def test_what_nobody_asked_for_is_no_obstacle(tmp_path):
+    """Numbers of more digits than Python converts, and a date that it has no name for, where the column is missing."""
+    rows = [f'{{"n": {"9" * 5000}, "text": "document {i}"}}' for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
+    for name in ("a.jsonl", "a.json"):
+        assert list(open_documents(str(tmp_path / name))) == [f"document {i}" for i in range(3)]
+    far = pyarrow.array([10**18]).cast(pyarrow.timestamp("us"))
+    table = pyarrow.table({"body": ["a text"], "when": far})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "a.feather")
+    for name in ("a.parquet", "a.feather"):
+        with pytest.raises(ValueError, match="no column 'text'; its columns are: 'body', 'when'"):
+            open_documents(str(tmp_path / name))
+        assert list(open_documents(str(tmp_path / name), text_column="body")) == ["a text"]
+
+
+def test_a_byte_that_is_no_text_is_named_by_its_line(tmp_path):
+    lines = ["text", *(f"line {i}" for i in range(2, 3000)), "caf\xe9", "more"]
+    (tmp_path / "a.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"cannot read .*a\.csv: line 3000: "):
+        list(open_documents(str(tmp_path / "a.csv")))
 
 
 def test_a_column_that_nobody_asked_for_is_not_read(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from dictionary_learning.data.contexts import text_encoder
 from dictionary_learning.model import (
     check_token_ids,
     generation_eos_ids,
@@ -133,6 +134,20 @@ def test_special_tokens_in_documents_are_text(pipeline, tmp_path):
     assert ids == [encoding.ids for encoding in file.encode_batch(TEXTS, add_special_tokens=False)]
 
 
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_documents_have_no_special_token_whatever_the_vocabulary(pipeline, tmp_path):
+    """Unigram and words have special tokens as pieces like any other, and some merges make them."""
+    folder = folder_of(tmp_path, PIPELINES[pipeline](), bos_token="<s>", eos_token="</s>")
+    tokenizer, file = load_tokenizer(folder), Tokenizer.from_file(f"{folder}/tokenizer.json")
+    encode = text_encoder(tokenizer)
+    special = {i for i, token in file.get_added_tokens_decoder().items() if token.special}
+    written = [*TEXTS, "<s>", "x</s>x", "a </s> b", "<|endoftext|>"]
+    assert special.isdisjoint(i for ids in encode(written) for i in ids)
+    plain = [*TEXTS[:2], TEXTS[3], "for", "zzz of"]
+    assert encode(plain) == [file.encode(text, add_special_tokens=False).ids for text in plain]
+    assert special & set(tokenizer("a </s> b").input_ids)  # the tokenizer itself is as it was
+
+
 def test_what_the_file_and_the_config_say_beside_the_ids_is_kept(tmp_path):
     tokenizer = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.decoder = decoders.ByteLevel()
@@ -196,6 +211,13 @@ IDS = {token: i for i, token in enumerate(VOCABULARY)}
             "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}",
             [7, 6],
             ("<s>", "<|end_of_text|>", "<pad>"),
+        ),
+        # SmolLM2: what begins a turn is called bos
+        (
+            {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<pad>"},
+            CHATML,
+            [2],
+            ("<|endoftext|>",) * 2 + ("<pad>",),
         ),
         # Mistral: the template ends turns with eos, whichever that is
         ({"bos": "<s>", "eos": "</s>"}, "{{ bos_token }}{{ messages }}{{ eos_token }}", 4, ("<s>", "</s>", "</s>")),
