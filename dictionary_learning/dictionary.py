@@ -35,6 +35,7 @@ class Dictionary(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_parameter("W_skip", None)
+
     encoder: nn.Linear  # where the class has them; others have W_enc and W_dec
     decoder: nn.Linear
 
