@@ -10,6 +10,8 @@ F dict_size, S samples (contexts), M summed quantities.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +22,14 @@ from tqdm import tqdm
 from dictionary_learning.buffer import Mask, nonfinite_sentence, position_mask, too_many_nonfinite
 from dictionary_learning.dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
 from dictionary_learning.model import LanguageModel
+from dictionary_learning.threads import workers
 
 # Tokens an SAE sees at a time. It bounds the N x F tensors, and it is the "batch" of a per-batch top-k: unmasked
 # neighbours of one context, lest the result depend on the evaluation's batch size.
 GROUP_TOKENS = 2048
 
 LOGITS_AT_A_TIME = 2**25  # in float32: 128 MiB a tensor
-CACHED_LOGITS = 2**20  # the same on the CPU, where what stays in its cache is faster
+CACHED_LOGITS = 2**17  # the same on the CPU, for each thread: what stays in its cache takes 0.7 of the time
 
 # the keys of the reference's eval_results.json, and what exact top-k reports beside its SAE's default
 REFERENCE_METRICS = (
@@ -68,6 +71,13 @@ class Ratios:
         self._sum_M = self._sum_M + rows_SM.sum(0)
         self._products_MM = self._products_MM + rows_SM.T @ rows_SM
 
+    def add_all(self, more: "Ratios") -> None:
+        """The samples of another."""
+        self.names = more.names or self.names
+        self.n_samples += more.n_samples
+        self._sum_M = self._sum_M + more._sum_M
+        self._products_MM = self._products_MM + more._products_MM
+
     def sum(self, name: str) -> float:
         return float(self._sum_M[self.names.index(name)]) if self.n_samples else 0.0
 
@@ -91,22 +101,26 @@ class Ratios:
 
 
 class Metrics:
-    """Metrics of reconstructions, from sums over tokens."""
+    """Metrics of reconstructions, from sums over tokens.
 
-    def __init__(self):
-        self.ratios = Ratios()
+    centre_D: what is taken from x before it is squared: near the mean, a variance keeps its digits. By default the mean
+        of the first tokens.
+    """
+
+    def __init__(self, centre_D: Tensor | None = None):
+        self.ratios, self.centre_D = Ratios(), centre_D
         self.n_tokens = 0
-        self._centre_D = self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
+        self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
 
     def update(self, x_ND: Tensor, x_hat_ND: Tensor, f_NF: Tensor, samples: list[int] | None = None) -> None:
         """Add N tokens; `samples` says how many neighbours at a time are one sample, by default each token."""
         wide = torch.float32 if x_ND.device.type == "mps" else torch.float64  # mps has no float64
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
-        if self.n_tokens == 0:
-            self._centre_D = x_ND.mean(0)  # of the first tokens: near the mean, a variance keeps its digits
+        if self.centre_D is None:
+            self.centre_D = x_ND.mean(0)
         # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
         active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
-        error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self._centre_D
+        error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self.centre_D.to(wide)
         norm_N, norm_hat_N, dot_N = x_ND.norm(dim=1), x_hat_ND.norm(dim=1), (x_ND * x_hat_ND).sum(1)
         tiny = torch.finfo(wide).tiny
         quantities_N = {
@@ -128,6 +142,14 @@ class Metrics:
         self._x_sum_D = self._x_sum_D + centred_ND.sum(0).cpu()
         self._error_sum_D = self._error_sum_D + error_ND.sum(0).cpu()
         self._fired_F = self._fired_F + active_NF.sum(0).cpu().double()
+
+    def add_all(self, more: "Metrics") -> None:
+        """The tokens of another with the same centre."""
+        self.ratios.add_all(more.ratios)
+        self.n_tokens += more.n_tokens
+        self._x_sum_D = self._x_sum_D + more._x_sum_D
+        self._error_sum_D = self._error_sum_D + more._error_sum_D
+        self._fired_F = self._fired_F + more._fired_F
 
     def density_F(self) -> Tensor | None:
         """Share of the tokens on which each latent fires, None before the first."""
@@ -223,7 +245,7 @@ def token_losses(logits_BLV: Tensor, own: Predictions, tokens_BL: Tensor) -> tup
 def _pieces(tokens_BL: Tensor, *tensors_PV: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """A few positions N at a time: of each tensor its (N, V), and the next tokens (N,)."""
     on_cpu, n_logits = tensors_PV[0].device.type == "cpu", tensors_PV[0].shape[-1]
-    n = max(1, (CACHED_LOGITS if on_cpu else LOGITS_AT_A_TIME) // n_logits)
+    n = max(1, (CACHED_LOGITS * torch.get_num_threads() if on_cpu else LOGITS_AT_A_TIME) // n_logits)
     next_P = tokens_BL.roll(-1, dims=1).flatten().to(tensors_PV[0].device)
     return zip(*(tensor.split(n) for tensor in (*tensors_PV, next_P)), strict=True)
 
@@ -262,7 +284,7 @@ class Site:
         mean_D: Tensor,
     ):
         self.lm, self.layer, self.text = lm, layer, text
-        self.x_BLD, self.own, self.keep_BL = x_BLD, own, keep_BL
+        self.x_BLD, self.own, self.keep_BL, self.mean_D = x_BLD, own, keep_BL, mean_D
         self.x_ND, self.lengths = x_BLD[keep_BL].float(), keep_BL.sum(1).tolist()
         followed_BL = (text[1] > 0).cpu().roll(-1, dims=1)
         followed_BL[:, -1] = False
@@ -301,27 +323,38 @@ def groups_of(lengths: list[int]) -> list[list[int]]:
 
 
 class Scores:
-    """The sums of one SAE, run in one way: x_ND -> (x_hat_ND, f_NF).
+    """The sums of one SAE, run in one way: h_NH, what its ways have in common, and x_ND -> (x_hat_ND, f_NF).
 
     apart: what it makes of a token depends on the others, so it is never given those of two contexts.
+    centre_D: as in `Metrics`.
     """
 
-    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], apart: bool):
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], apart: bool, centre_D: Tensor | None = None
+    ):
         self.run, self.apart = run, apart
-        self.metrics, self.losses = Metrics(), Ratios()
+        self.metrics, self.losses = Metrics(centre_D), Ratios()
+        self._x_hats: list[Tensor] = []
 
-    def update(self, site: Site) -> None:
-        """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
-        groups, x_hats = groups_of(site.lengths), []
-        for lengths, x_ND in zip(groups, site.x_ND.split([sum(lengths) for lengths in groups]), strict=True):
-            if self.apart:
-                ran = [self.run(x_nD) for x_nD in x_ND.split(lengths)]
-                x_hat_ND, f_NF = map(torch.cat, zip(*ran, strict=True))
-            else:
-                x_hat_ND, f_NF = self.run(x_ND)
-            self.metrics.update(x_ND, x_hat_ND, f_NF, samples=lengths)
-            x_hats.append(x_hat_ND)
-        x_hat_ND = torch.cat(x_hats)
+    def add_all(self, more: "Scores") -> None:
+        """The sums of another batch."""
+        self.metrics.add_all(more.metrics)
+        self.losses.add_all(more.losses)
+
+    def reconstruct(self, x_ND: Tensor, h_NH: Tensor, lengths: list[int]) -> None:
+        """Add the next contexts of a batch, of these lengths."""
+        if self.apart:
+            ran = [self.run(h_nH, x_nD) for h_nH, x_nD in zip(h_NH.split(lengths), x_ND.split(lengths), strict=True)]
+            x_hat_ND, f_NF = map(torch.cat, zip(*ran, strict=True))
+        else:
+            x_hat_ND, f_NF = self.run(h_NH, x_ND)
+        self.metrics.update(x_ND, x_hat_ND, f_NF, samples=lengths)
+        self._x_hats.append(x_hat_ND)
+
+    def splice(self, site: Site) -> None:
+        """Add the losses with what was reconstructed. ValueError where the SAE makes something that is not a number."""
+        x_hat_ND = torch.cat(self._x_hats)
+        self._x_hats.clear()
         if not all_finite(x_hat_ND):
             raise ValueError("its reconstruction has values that are not finite.")
         reconstructed_S, kl_S = site.losses(x_hat_ND)
@@ -372,31 +405,48 @@ class Subject:
         elif sae.activation_dim != lm.activation_dim:
             self.error = f"it takes {sae.activation_dim} dimensions, but the model has {lm.activation_dim}."
 
-    def _ways(self) -> list[Scores]:
+    def _ways(self, centre_D: Tensor | None = None) -> list[Scores]:
         sae = self.sae
 
-        def default(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-            return sae(x_ND, output_features=True)
-
         if not isinstance(sae, TopKDictionary):
-            return [Scores(default, apart=False)]
+            return [Scores(lambda _, x_ND: sae(x_ND, output_features=True), False, centre_D)]
 
-        def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-            f_NF = sae.encode(x_ND, use_threshold=False)
-            return sae.decode(f_NF), f_NF
+        def run(use_threshold: bool | None, post_relu_NF: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            f_NF = sae.select(post_relu_NF, use_threshold)
+            return sae.decode(f_NF, x_ND), f_NF
 
         of_batch = not isinstance(sae, AutoEncoderTopK)  # whose k are those of a token
-        return [Scores(default, apart=of_batch and bool(sae.threshold < 0)), Scores(exact_top_k, apart=of_batch)]
+        threshold_unknown = bool(sae.threshold < 0)
+        return [
+            Scores(partial(run, None), of_batch and threshold_unknown, centre_D),
+            Scores(partial(run, False), of_batch, centre_D),
+        ]
 
-    def update(self, site: Site) -> None:
-        """Add a batch of this SAE's layer, unless it has failed; a failure is kept, and stops no other SAE."""
-        if self.error is None:
-            try:
-                for way in self.ways:
-                    way.update(site)
-            except (ValueError, RuntimeError) as error:
-                self.error = str(error)
-                self.ways = self._ways()  # the sums of half a text are no result
+    def measure(self, site: Site) -> list[Scores] | str:
+        """The sums of one batch of this SAE's layer, or why there are none. Changes nothing, so threads may."""
+        ways = self._ways(site.mean_D)
+        try:
+            lengths_of_groups = groups_of(site.lengths)
+            x_by_group = site.x_ND.split([sum(lengths) for lengths in lengths_of_groups])
+            for lengths, x_ND in zip(lengths_of_groups, x_by_group, strict=True):
+                h_NH = self.sae.post_relu(x_ND) if isinstance(self.sae, TopKDictionary) else x_ND
+                for way in ways:
+                    way.reconstruct(x_ND, h_NH, lengths)
+            for way in ways:
+                way.splice(site)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+        return ways
+
+    def add(self, measured: list[Scores] | str) -> None:
+        """Add a batch, unless this SAE has failed; a failure is kept, and stops no other SAE."""
+        if self.error is not None:
+            return
+        if isinstance(measured, str):
+            self.error, self.ways = measured, self._ways()  # the sums of half a text are no result
+            return
+        for way, more in zip(self.ways, measured, strict=True):
+            way.add_all(more)
 
     def evaluation(self, hyperparameters: Results, warning: str | None) -> Evaluation:
         """The results, the reference's keys first; warning: what to say of the text they were measured on."""
@@ -470,6 +520,30 @@ def _survey(lm: LanguageModel, texts: list[Text], subjects: Iterable[Subject]) -
     return scopes
 
 
+def _threads_for(lm: LanguageModel, texts: list[Text]) -> int:
+    """How many threads measure a batch of text each, with operations of one thread: as many as there are, where the
+    logits are few; of many, all threads share one batch, whose operations are large."""
+    n_logits = max(tokens_BL.numel() for tokens_BL, _ in texts) * lm.n_embeddings if texts else 1
+    many = lm.device.type != "cpu" or n_logits > LOGITS_AT_A_TIME
+    return 1 if many else max(1, min(torch.get_num_threads(), len(texts), LOGITS_AT_A_TIME // n_logits))
+
+
+@torch.no_grad()
+def _measure(
+    lm: LanguageModel, text: Text, members: list[tuple[Scope, Tensor, list[Subject]]]
+) -> list[tuple[Subject, list[Scores] | str]]:
+    """What a batch of text says of every SAE that has not failed; members: scope, its keep_BL here, its SAEs."""
+    logits_BLV, x_by_layer = lm.run(*text, sorted({scope.layer for scope, _, _ in members}))
+    own = predictions(logits_BLV, text[0])
+    del logits_BLV
+    measured = []
+    for scope, keep_BL, group in members:
+        if keep_BL.any():
+            site = Site(lm, scope.layer, text, x_by_layer[scope.layer], own, keep_BL, scope.mean_D)
+            measured += [(subject, subject.measure(site)) for subject in group if subject.error is None]
+    return measured
+
+
 @torch.no_grad()
 def evaluate_saes(
     lm: LanguageModel,
@@ -488,6 +562,8 @@ def evaluate_saes(
     (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context). They
     run by themselves: the last bits of a matmul follow the size of its batch, so neighbours in it would be seen.
     The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
+    On the CPU, worker threads measure several batches at the same time (`_threads_for`); what they say is added up in
+    the order of the text, so no sum depends on who was first.
 
     saes: (name, SAE of raw activations, layer); what is returned has these names.
     batches: (tokens_BL, mask_BL), the mask as in `position_mask`; all of them are used, and held in memory.
@@ -512,15 +588,22 @@ def evaluate_saes(
 
     n_tokens = sum(int((mask_BL > 0).sum()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
-    for i, text in enumerate(texts):
-        logits_BLV, x_by_layer = lm.run(*text, sorted({scope.layer for scope, _ in members}))
-        own = predictions(logits_BLV, text[0])
-        del logits_BLV
-        for scope, group in members:
-            if scope.keep[i].any():
-                site = Site(lm, scope.layer, text, x_by_layer[scope.layer], own, scope.keep[i], scope.mean_D)
-                for subject in group:
-                    subject.update(site)
+    n_threads = _threads_for(lm, texts) if members else 1
+    lms: SimpleQueue[LanguageModel] = SimpleQueue()
+    for each in [lm] if n_threads == 1 else lm.copies(n_threads):
+        lms.put(each)
+
+    def measure(i: int) -> list[tuple[Subject, list[Scores] | str]]:
+        lm = lms.get()
+        try:
+            return _measure(lm, texts[i], [(scope, scope.keep[i], group) for scope, group in members])
+        finally:
+            lms.put(lm)
+
+    in_turn = map if n_threads == 1 else workers(n_threads).map
+    for text, measured in zip(texts, in_turn(measure, range(len(texts))), strict=True):
+        for subject, sums in measured:
+            subject.add(sums)
         bar.update(int((text[1] > 0).sum()))
     bar.close()
 

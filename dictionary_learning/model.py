@@ -350,7 +350,7 @@ class LanguageModel:
         self.n_layers: int = n_layers or len(self.layers)
         eos_ids = as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
         self.bos_id, self.separator_id, self.pad_id = text_marks(tokenizer, eos_ids)
-        self._n_embeddings = _n_embeddings(model)
+        self.n_embeddings = _n_embeddings(model)
         # of a cut model there is no more than the decoder
         self._forward = model if last_layer is None else _decoder(model)
         self._stand_ins: dict[int, list[Any]] = {}  # by layer, what the blocks up to it return where they are replaced
@@ -389,8 +389,8 @@ class LanguageModel:
 
     def _inputs(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[str, Any]:
         highest = int(tokens_BL.max())
-        if highest >= self._n_embeddings:
-            what = f"the text has the token id {highest}, but {self.name} embeds only {self._n_embeddings}"
+        if highest >= self.n_embeddings:
+            what = f"the text has the token id {highest}, but {self.name} embeds only {self.n_embeddings}"
             raise ValueError(f"{what}: take the tokenizer (and chat template) that the model was trained with")
         mask_BL = mask_BL.to(self.device, torch.bool).long()
         return {"input_ids": tokens_BL.to(self.device), "attention_mask": mask_BL, "use_cache": False}
@@ -401,7 +401,7 @@ class LanguageModel:
         settings = {**vars(self.model.config), **vars(config)}
         special = {i for key, value in settings.items() if key.endswith("token_id") for i in as_ids(value)}
         special |= {self.bos_id, self.separator_id, self.pad_id, *getattr(self.tokenizer, "all_special_ids", ())}
-        return torch.tensor([i for i in range(self._n_embeddings) if i not in special])
+        return torch.tensor([i for i in range(self.n_embeddings) if i not in special])
 
     def _probe_inputs(self) -> dict[str, Any]:
         """Two texts of three tokens that differ in their last token alone."""

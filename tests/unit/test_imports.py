@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "state": "files world",
     "buffer": "data world",
     "cache": "buffer files pretrained",
-    "evaluation": "buffer dictionary model",
+    "evaluation": "buffer dictionary model threads",
     "training": "dictionary files formats kernels threads trainers world",
     "tracking": "files",
     "plotting": "files",
