@@ -494,7 +494,13 @@ class TopKDictionary(Dictionary):
 
     def encode(self, x_BD: Tensor, use_threshold: bool | None = None) -> Tensor:
         """f_BF by the threshold (the default once it is recorded) or, with False, by exact top-k."""
-        post_relu_BF = torch.relu(linear(self._centred(x_BD), self.encoder_FD, self.encoder_bias_F))
+        return self.select(self.post_relu(x_BD), use_threshold)
+
+    def post_relu(self, x_BD: Tensor) -> Tensor:
+        """post_relu_BF, which both ways select from."""
+        return torch.relu(linear(self._centred(x_BD), self.encoder_FD, self.encoder_bias_F))
+
+    def select(self, post_relu_BF: Tensor, use_threshold: bool | None = None) -> Tensor:
         if use_threshold is None:
             use_threshold = bool(self.threshold >= 0)
         if use_threshold:
@@ -602,8 +608,8 @@ class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):
     def encoder_bias_F(self) -> Tensor:
         return self.b_enc
 
-    def encode(self, x_BD: Tensor, use_threshold: bool | None = None) -> Tensor:
-        f_BF = super().encode(x_BD, use_threshold)
+    def select(self, post_relu_BF: Tensor, use_threshold: bool | None = None) -> Tensor:
+        f_BF = super().select(post_relu_BF, use_threshold)
         end = self.group_ends[self.active_groups - 1]
         if end == self.dict_size:
             return f_BF

@@ -10,6 +10,8 @@ E output_dim (D unless it is a transcoder), F dict_size, S samples (contexts), M
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +23,14 @@ from dictionary_learning.buffer import Mask, nonfinite_sentence, position_mask, 
 from dictionary_learning.dictionary import AutoEncoderTopK, Dictionary, TopKDictionary
 from dictionary_learning.model import LanguageModel
 from dictionary_learning.sites import Place, Tap, tap_of
+from dictionary_learning.threads import workers
 
 # Tokens an SAE sees at a time. It bounds the N x F tensors, and it is the "batch" of a per-batch top-k: unmasked
 # neighbours of one context, lest the result depend on the evaluation's batch size.
 GROUP_TOKENS = 2048
 
 LOGITS_AT_A_TIME = 2**25  # in float32: 128 MiB a tensor
-CACHED_LOGITS = 2**20  # the same on the CPU, where what stays in its cache is faster
+CACHED_LOGITS = 2**17  # the same on the CPU, for each thread: what stays in its cache takes 0.7 of the time
 
 # the keys of the reference's eval_results.json, and what exact top-k reports beside its SAE's default
 REFERENCE_METRICS = (
@@ -69,6 +72,13 @@ class Ratios:
         self._sum_M = self._sum_M + rows_SM.sum(0)
         self._products_MM = self._products_MM + rows_SM.T @ rows_SM
 
+    def add_all(self, more: "Ratios") -> None:
+        """The samples of another."""
+        self.names = more.names or self.names
+        self.n_samples += more.n_samples
+        self._sum_M = self._sum_M + more._sum_M
+        self._products_MM = self._products_MM + more._products_MM
+
     def sum(self, name: str) -> float:
         return float(self._sum_M[self.names.index(name)]) if self.n_samples else 0.0
 
@@ -92,22 +102,26 @@ class Ratios:
 
 
 class Metrics:
-    """Metrics of reconstructions, from sums over tokens."""
+    """Metrics of reconstructions, from sums over tokens.
 
-    def __init__(self):
-        self.ratios = Ratios()
+    centre_E: what is taken from x before it is squared: near the mean, a variance keeps its digits. By default the mean
+        of the first tokens.
+    """
+
+    def __init__(self, centre_E: Tensor | None = None):
+        self.ratios, self.centre_E = Ratios(), centre_E
         self.n_tokens = 0
-        self._centre_D = self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
+        self._x_sum_D = self._error_sum_D = self._fired_F = torch.zeros((), dtype=torch.float64)
 
     def update(self, x_ND: Tensor, x_hat_ND: Tensor, f_NF: Tensor, samples: list[int] | None = None) -> None:
         """Add N tokens; `samples` says how many neighbours at a time are one sample, by default each token."""
         wide = torch.float32 if x_ND.device.type == "mps" else torch.float64  # mps has no float64
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
-        if self.n_tokens == 0:
-            self._centre_D = x_ND.mean(0)  # of the first tokens: near the mean, a variance keeps its digits
+        if self.centre_E is None:
+            self.centre_E = x_ND.mean(0)
         # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
         active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
-        error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self._centre_D
+        error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self.centre_E.to(wide)
         norm_N, norm_hat_N, dot_N = x_ND.norm(dim=1), x_hat_ND.norm(dim=1), (x_ND * x_hat_ND).sum(1)
         tiny = torch.finfo(wide).tiny
         quantities_N = {
@@ -129,6 +143,14 @@ class Metrics:
         self._x_sum_D = self._x_sum_D + centred_ND.sum(0).cpu()
         self._error_sum_D = self._error_sum_D + error_ND.sum(0).cpu()
         self._fired_F = self._fired_F + active_NF.sum(0).cpu().double()
+
+    def add_all(self, more: "Metrics") -> None:
+        """The tokens of another with the same centre."""
+        self.ratios.add_all(more.ratios)
+        self.n_tokens += more.n_tokens
+        self._x_sum_D = self._x_sum_D + more._x_sum_D
+        self._error_sum_D = self._error_sum_D + more._error_sum_D
+        self._fired_F = self._fired_F + more._fired_F
 
     def density_F(self) -> Tensor | None:
         """Share of the tokens on which each latent fires, None before the first."""
@@ -224,7 +246,7 @@ def token_losses(logits_BLV: Tensor, own: Predictions, tokens_BL: Tensor) -> tup
 def _pieces(tokens_BL: Tensor, *tensors_PV: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """A few positions N at a time: of each tensor its (N, V), and the next tokens (N,)."""
     on_cpu, n_logits = tensors_PV[0].device.type == "cpu", tensors_PV[0].shape[-1]
-    n = max(1, (CACHED_LOGITS if on_cpu else LOGITS_AT_A_TIME) // n_logits)
+    n = max(1, (CACHED_LOGITS * torch.get_num_threads() if on_cpu else LOGITS_AT_A_TIME) // n_logits)
     next_P = tokens_BL.roll(-1, dims=1).flatten().to(tensors_PV[0].device)
     return zip(*(tensor.split(n) for tensor in (*tensors_PV, next_P)), strict=True)
 
@@ -263,7 +285,7 @@ class Site:
         keep_BL: Tensor,
     ):
         self.lm, self.place, self.text = lm, scope.place_out, text
-        self.y_BLE, self.own, self.keep_BL = x_by_place[scope.place_out], own, keep_BL
+        self.y_BLE, self.own, self.keep_BL, self.mean_E = x_by_place[scope.place_out], own, keep_BL, scope.mean_E
         self.below_BLD = x_by_place.get(tap_of(scope.place_out).layer - 1)
         self.y_NE, self.lengths = self.y_BLE[keep_BL].float(), keep_BL.sum(1).tolist()
         same = scope.place == scope.place_out
@@ -305,28 +327,38 @@ def groups_of(lengths: list[int]) -> list[list[int]]:
 
 
 class Scores:
-    """The sums of one SAE, run in one way: x_ND -> (x_hat_NE, f_NF).
+    """The sums of one SAE, run in one way: h_NH, what its ways have in common, and x_ND -> (x_hat_NE, f_NF).
 
     apart: what it makes of a token depends on the others, so it is never given those of two contexts.
+    centre_E: as in `Metrics`.
     """
 
-    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], apart: bool):
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], apart: bool, centre_E: Tensor | None = None
+    ):
         self.run, self.apart = run, apart
-        self.metrics, self.losses = Metrics(), Ratios()
+        self.metrics, self.losses = Metrics(centre_E), Ratios()
+        self._x_hats: list[Tensor] = []
 
-    def update(self, site: Site) -> None:
-        """Add a batch. Raises ValueError where the SAE makes something that is not a number."""
-        groups, x_hats = groups_of(site.lengths), []
-        sizes = [sum(lengths) for lengths in groups]
-        for lengths, x_ND, y_NE in zip(groups, site.x_ND.split(sizes), site.y_NE.split(sizes), strict=True):
-            if self.apart:
-                ran = [self.run(x_nD) for x_nD in x_ND.split(lengths)]
-                x_hat_NE, f_NF = map(torch.cat, zip(*ran, strict=True))
-            else:
-                x_hat_NE, f_NF = self.run(x_ND)
-            self.metrics.update(y_NE, x_hat_NE, f_NF, samples=lengths)
-            x_hats.append(x_hat_NE)
-        x_hat_NE = torch.cat(x_hats)
+    def add_all(self, more: "Scores") -> None:
+        """The sums of another batch."""
+        self.metrics.add_all(more.metrics)
+        self.losses.add_all(more.losses)
+
+    def reconstruct(self, x_ND: Tensor, y_NE: Tensor, h_NH: Tensor, lengths: list[int]) -> None:
+        """Add the next contexts of a batch, of these lengths."""
+        if self.apart:
+            ran = [self.run(h_nH, x_nD) for h_nH, x_nD in zip(h_NH.split(lengths), x_ND.split(lengths), strict=True)]
+            x_hat_NE, f_NF = map(torch.cat, zip(*ran, strict=True))
+        else:
+            x_hat_NE, f_NF = self.run(h_NH, x_ND)
+        self.metrics.update(y_NE, x_hat_NE, f_NF, samples=lengths)
+        self._x_hats.append(x_hat_NE)
+
+    def splice(self, site: Site) -> None:
+        """Add the losses with what was reconstructed. ValueError where the SAE makes something that is not a number."""
+        x_hat_NE = torch.cat(self._x_hats)
+        self._x_hats.clear()
         if not all_finite(x_hat_NE):
             raise ValueError("its reconstruction has values that are not finite.")
         reconstructed_S, kl_S = site.losses(x_hat_NE)
@@ -391,31 +423,48 @@ class Subject:
     def scope(self) -> tuple[Place, Place, Mask]:
         return self.place, self.place_out, self.mask
 
-    def _ways(self) -> list[Scores]:
+    def _ways(self, centre_E: Tensor | None = None) -> list[Scores]:
         sae = self.sae
 
-        def default(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-            return sae(x_ND, output_features=True)
-
         if not isinstance(sae, TopKDictionary):
-            return [Scores(default, apart=False)]
+            return [Scores(lambda _, x_ND: sae(x_ND, output_features=True), False, centre_E)]
 
-        def exact_top_k(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-            f_NF = sae.encode(x_ND, use_threshold=False)
+        def run(use_threshold: bool | None, post_relu_NF: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            f_NF = sae.select(post_relu_NF, use_threshold)
             return sae.decode(f_NF, x_ND), f_NF
 
         of_batch = not isinstance(sae, AutoEncoderTopK)  # whose k are those of a token
-        return [Scores(default, apart=of_batch and bool(sae.threshold < 0)), Scores(exact_top_k, apart=of_batch)]
+        threshold_unknown = bool(sae.threshold < 0)
+        return [
+            Scores(partial(run, None), of_batch and threshold_unknown, centre_E),
+            Scores(partial(run, False), of_batch, centre_E),
+        ]
 
-    def update(self, site: Site) -> None:
-        """Add a batch of this SAE's place, unless it has failed; a failure is kept, and stops no other SAE."""
-        if self.error is None:
-            try:
-                for way in self.ways:
-                    way.update(site)
-            except (ValueError, RuntimeError) as error:
-                self.error = str(error)
-                self.ways = self._ways()  # the sums of half a text are no result
+    def measure(self, site: Site) -> list[Scores] | str:
+        """The sums of one batch of this SAE's place, or why there are none. Changes nothing, so threads may."""
+        ways = self._ways(site.mean_E)
+        try:
+            groups = groups_of(site.lengths)
+            sizes = [sum(lengths) for lengths in groups]
+            for lengths, x_ND, y_NE in zip(groups, site.x_ND.split(sizes), site.y_NE.split(sizes), strict=True):
+                h_NH = self.sae.post_relu(x_ND) if isinstance(self.sae, TopKDictionary) else x_ND
+                for way in ways:
+                    way.reconstruct(x_ND, y_NE, h_NH, lengths)
+            for way in ways:
+                way.splice(site)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+        return ways
+
+    def add(self, measured: list[Scores] | str) -> None:
+        """Add a batch, unless this SAE has failed; a failure is kept, and stops no other SAE."""
+        if self.error is not None:
+            return
+        if isinstance(measured, str):
+            self.error, self.ways = measured, self._ways()  # the sums of half a text are no result
+            return
+        for way, more in zip(self.ways, measured, strict=True):
+            way.add_all(more)
 
     def evaluation(self, hyperparameters: Results, warning: str | None) -> Evaluation:
         """The results, the reference's keys first; warning: what to say of the text they were measured on."""
@@ -490,6 +539,30 @@ def _survey(lm: LanguageModel, texts: list[Text], subjects: Iterable[Subject]) -
     return scopes
 
 
+def _threads_for(lm: LanguageModel, texts: list[Text]) -> int:
+    """How many threads measure a batch of text each, with operations of one thread: as many as there are, where the
+    logits are few; of many, all threads share one batch, whose operations are large."""
+    n_logits = max(tokens_BL.numel() for tokens_BL, _ in texts) * lm.n_embeddings if texts else 1
+    many = lm.device.type != "cpu" or n_logits > LOGITS_AT_A_TIME
+    return 1 if many else max(1, min(torch.get_num_threads(), len(texts), LOGITS_AT_A_TIME // n_logits))
+
+
+@torch.no_grad()
+def _measure(
+    lm: LanguageModel, text: Text, places: set[Place], members: list[tuple[Scope, Tensor, list[Subject]]]
+) -> list[tuple[Subject, list[Scores] | str]]:
+    """What a batch of text says of every SAE that has not failed; members: scope, its keep_BL here, its SAEs."""
+    logits_BLV, x_by_place = lm.run(*text, places)
+    own = predictions(logits_BLV, text[0])
+    del logits_BLV
+    measured = []
+    for scope, keep_BL, group in members:
+        if keep_BL.any():
+            site = Site(lm, scope, text, x_by_place, own, keep_BL)
+            measured += [(subject, subject.measure(site)) for subject in group if subject.error is None]
+    return measured
+
+
 @torch.no_grad()
 def evaluate_saes(
     lm: LanguageModel,
@@ -508,6 +581,8 @@ def evaluate_saes(
     (keys `topk_*`; a per-batch top-k is taken over at most `GROUP_TOKENS` unmasked neighbours of one context). They
     run by themselves: the last bits of a matmul follow the size of its batch, so neighbours in it would be seen.
     The SAEs are moved to the model's device, in float32 whatever the dtype of the model.
+    On the CPU, worker threads measure several batches at the same time (`_threads_for`); what they say is added up in
+    the order of the text, so no sum depends on who was first.
 
     saes: (name, SAE of raw activations, its place or, of a transcoder, the place it reads and the one it predicts);
         what is returned has these names.
@@ -537,15 +612,22 @@ def evaluate_saes(
     places |= {layer - 1 for layer in inside if layer > 0}
     n_tokens = sum(int((mask_BL > 0).sum()) for _, mask_BL in texts)
     bar = tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=not show_progress)
-    for i, text in enumerate(texts):
-        logits_BLV, x_by_place = lm.run(*text, places)
-        own = predictions(logits_BLV, text[0])
-        del logits_BLV
-        for scope, group in members:
-            if scope.keep[i].any():
-                site = Site(lm, scope, text, x_by_place, own, scope.keep[i])
-                for subject in group:
-                    subject.update(site)
+    n_threads = _threads_for(lm, texts) if members else 1
+    lms: SimpleQueue[LanguageModel] = SimpleQueue()
+    for each in [lm] if n_threads == 1 else lm.copies(n_threads):
+        lms.put(each)
+
+    def measure(i: int) -> list[tuple[Subject, list[Scores] | str]]:
+        lm = lms.get()
+        try:
+            return _measure(lm, texts[i], places, [(scope, scope.keep[i], group) for scope, group in members])
+        finally:
+            lms.put(lm)
+
+    in_turn = map if n_threads == 1 else workers(n_threads).map
+    for text, measured in zip(texts, in_turn(measure, range(len(texts))), strict=True):
+        for subject, sums in measured:
+            subject.add(sums)
         bar.update(int((text[1] > 0).sum()))
     bar.close()
 

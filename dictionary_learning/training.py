@@ -7,7 +7,6 @@ import copy
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from .files import append_jsonl, rewind_jsonl, write_json
 from .formats import save_sae, save_weights
 from .kernels import WHOLE, Shard
 from .sites import Place, place_at
+from .threads import workers_pool
 from .trainers import LossOutput, SAETrainer, TopKTrainer
 from .trainers.trainer import SparseTrainer
 from .world import World
@@ -134,27 +134,6 @@ def step_microseconds(
         with autocast(trainer.device, autocast_dtype):
             trainer.update(step, *batch)
     return max(round(1e6 * (seconds() - start) / steps), 1)
-
-
-def workers_pool(n: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch's operations take one thread.
-
-    torch keeps a number for the process, which a thread takes at its first operation, and one for each thread; to set
-    the one sets the other too.  So a thread first takes the process's, then sets its own, and that is set back.
-    """
-    all_threads, ready = torch.get_num_threads(), threading.Barrier(n + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(n, "SAEs", begin)
-    for _ in range(n):  # one is started for each call that finds no idle one
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(all_threads)
-    return pool
 
 
 # Beyond so many weights a matrix, operations are large enough to share: at D 512 and F 16384 both ways take the same.

@@ -6,6 +6,7 @@ B contexts, L positions, N tokens, D activation_dim, F dict_size.
 import json
 import math
 import re
+import threading
 
 import pytest
 import torch
@@ -281,6 +282,47 @@ def test_results_do_not_depend_on_the_other_saes(lm, text):
     for subject in every_sae():
         alone = evaluate_saes(lm, [subject], in_batches(text, 3))
         assert alone[subject[0]].results == together[subject[0]].results
+
+
+def test_both_ways_of_the_top_k_family_encode_once(lm, text, monkeypatch):
+    n_encoded = 0
+
+    def post_relu(ae, x_ND):
+        nonlocal n_encoded
+        n_encoded += len(x_ND)
+        return torch.relu(torch.nn.functional.linear(x_ND - ae.b_dec, ae.encoder_FD, ae.encoder_bias_F))
+
+    monkeypatch.setattr(BatchTopKSAE, "post_relu", post_relu)
+    ((results, _),) = evaluate_saes(
+        lm, [("top_k", with_threshold(AutoEncoderTopK), LAYER)], in_batches(text, 3)
+    ).values()
+    assert n_encoded == results["n_tokens"] > 0 and results["l0"] != results["topk_l0"]
+
+
+@pytest.mark.parametrize("many_logits", [False, True])
+def test_batches_of_text_are_shared_out_to_threads_unless_their_logits_are_many(
+    many_logits, tiny_model_folder, text, monkeypatch
+):
+    lm = load(tiny_model_folder)
+    expected = evaluate_saes(lm, every_sae(), in_batches(text, 2))
+    used: set[tuple[str, int]] = set()
+    lm.layers[-1].register_forward_hook(
+        lambda *_: used.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+    )
+    if many_logits:
+        monkeypatch.setattr("dictionary_learning.evaluation.LOGITS_AT_A_TIME", 1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        shared = evaluate_saes(lm, every_sae(), in_batches(text, 2))
+    finally:
+        torch.set_num_threads(threads)
+    assert used == ({("MainThread", 3)} if many_logits else {("workers", 1)})
+    for name, (results, density_F) in shared.items():
+        tolerance = {"rel": 1e-3, "abs": 1e-5} if many_logits else {"rel": 0, "abs": 0}
+        assert results.pop("hyperparameters") == expected[name].results.pop("hyperparameters")
+        assert results == pytest.approx(expected[name].results, **tolerance)
+        torch.testing.assert_close(density_F, expected[name].density_F)
 
 
 class Counting:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +257,33 @@ def test_a_pass_ends_at_the_deepest_layer_and_leaves_no_hooks(tokenizer):
     lm.layers[2].forward = None  # would be called by a pass that goes on
     assert lm.activations(tokens_BL, tokens_BL >= 0, [1, 0, 1]).keys() == {0, 1}
     assert not any(block._forward_hooks for block in lm.layers)
+
+
+@pytest.mark.parametrize("can_be_copied", [True, False])
+def test_texts_are_shared_out_to_threads_of_the_same_weights(can_be_copied, tokenizer, monkeypatch):
+    lm = LanguageModel(Model(), tokenizer, "a model")
+    tokens_BL = torch.randint(20, (5, 6), generator=torch.Generator().manual_seed(0))
+    whole = lm.activations(tokens_BL, torch.ones_like(tokens_BL), [1, 2])
+    if not can_be_copied:
+        lm.model.lock = threading.Lock()
+    used: set[tuple[str, int]] = set()
+    seen = lm.layers[0].register_forward_hook(
+        lambda *_: used.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+    )
+    monkeypatch.setattr("dictionary_learning.model.PART_TOKENS", 6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        shared = lm.activations(tokens_BL, torch.ones_like(tokens_BL), [1, 2])
+    finally:
+        torch.set_num_threads(threads)
+    seen.remove()
+    assert used == ({("workers", 1)} if can_be_copied else {("MainThread", 3)})
+    for layer, x_BLD in whole.items():
+        torch.testing.assert_close(shared[layer], x_BLD)
+    for other in lm.copies(3)[1:]:
+        assert all(map(torch.Tensor.is_set_to, other.model.parameters(), lm.model.parameters()))
+    assert len(lm.copies(3)) == (3 if can_be_copied else 1)
 
 
 def test_activations_can_be_trained_on(tokenizer):

@@ -12,8 +12,9 @@ import torch
 
 from dictionary_learning.formats import load_dictionary
 from dictionary_learning.kernels import Shard
+from dictionary_learning.threads import workers_pool
 from dictionary_learning.trainers import BatchTopKTrainer, StandardTrainer
-from dictionary_learning.training import Loop, choose_workers, make_runs, signals_noted, trainSAE, workers_pool
+from dictionary_learning.training import Loop, choose_workers, make_runs, signals_noted, trainSAE
 
 D, F, B, STEPS = 8, 32, 64, 50
 COMMON = {"steps": STEPS, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "lr": 1e-2,

@@ -25,7 +25,7 @@ SPECIFIC = {
     "GatedSAETrainer": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4},
     "StandardTrainer": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4, "resample_steps": 15},
     "StandardTrainerAprilUpdate": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4},
-    "PAnnealTrainer": {"initial_sparsity_penalty": 0.003, "sparsity_warmup_steps": 4, "anneal_start": 10, "p_end": 0.2},
+    "PAnnealTrainer": {"initial_sparsity_penalty": 0.003, "sparsity_warmup_steps": 4, "anneal_start": 30, "p_end": 0.5},
 }
 TRAINERS = [row.trainer for row in ARCHITECTURES.values()]
 
