@@ -16,23 +16,40 @@ from dictionary_learning.formats import load_dictionary, save_sae
 from dictionary_learning.sites import Tap
 from dictionary_learning.training import Loop, make_runs, make_trainer, trainSAE
 
-B, D, E, F, STEPS = 64, 8, 6, 32, 40
+B, D, E, F, STEPS = 64, 8, 6, 32, 200
 SPECIFIC = {
-    "TopKTrainer": {"k": 4, "threshold_start_step": 4, "auxk_alpha": 1 / 32},
-    "BatchTopKTrainer": {"k": 4, "threshold_start_step": 4},
-    "MatryoshkaBatchTopKTrainer": {"k": 4, "threshold_start_step": 4, "group_fractions": [0.25, 0.75]},
+    "TopKTrainer": {"k": 4, "threshold_start_step": 4, "threshold_beta": 0.9, "auxk_alpha": 1 / 32},
+    "BatchTopKTrainer": {"k": 4, "threshold_start_step": 4, "threshold_beta": 0.9},
+    "MatryoshkaBatchTopKTrainer": {
+        "k": 4,
+        "threshold_start_step": 4,
+        "threshold_beta": 0.9,
+        "group_fractions": [0.25, 0.75],
+    },
     "JumpReluTrainer": {"target_l0": 4.0, "sparsity_warmup_steps": 4, "bandwidth": 0.1},
     "GatedSAETrainer": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4},
-    "StandardTrainer": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4, "resample_steps": 15},
+    "StandardTrainer": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4, "resample_steps": 60},
     "StandardTrainerAprilUpdate": {"l1_penalty": 0.05, "sparsity_warmup_steps": 4},
-    "PAnnealTrainer": {"initial_sparsity_penalty": 0.003, "sparsity_warmup_steps": 4, "anneal_start": 30, "p_end": 0.5},
+    "PAnnealTrainer": {
+        "initial_sparsity_penalty": 0.003,
+        "sparsity_warmup_steps": 4,
+        "anneal_start": 100,
+        "p_end": 0.5,
+    },
 }
 TRAINERS = [row.trainer for row in ARCHITECTURES.values()]
 
 
 def config(name: str, **more) -> dict:
     common = {"trainer": getattr(trainers, name), "activation_dim": D, "dict_size": F, "layer": 1, "lm_name": "a-model"}
-    common |= {"steps": STEPS, "lr": 3e-3, "warmup_steps": 2, "seed": 0, "device": "cpu", "dead_feature_threshold": 500}
+    common |= {
+        "steps": STEPS,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+        "seed": 0,
+        "device": "cpu",
+        "dead_feature_threshold": 2000,
+    }
     return common | SPECIFIC[name] | more
 
 
