@@ -221,9 +221,11 @@ def _limits(run_folder: Path, run: dict[str, Any], records: list[SAERecord]) -> 
 
 
 def _transformers_snippet(record: SAERecord, repo_id: str, path: str, model: str) -> str:
-    cfg, layer = read_json(record.folder / "cfg.json"), record.trainer["layer"]
+    cfg = read_json(record.folder / "cfg.json")
     x = '(x - sae["b_dec"])' if cfg.get("apply_b_dec_to_input", True) else "x"
-    encode = ENCODERS[cfg["architecture"]].format(x=x, k=cfg.get("k"))
+    architecture = re.sub("_?(skip_)?transcoder$", "", cfg["architecture"]) or "standard"
+    encode = ENCODERS[architecture].format(x=x, k=cfg.get("k"))
+    skip = ' + x @ sae["W_skip"].T' if "skip" in cfg["architecture"] else ""
     built_in = model == "tiny-python"  # comes with the package, and is not on the Hub
     name = 'files("dictionary_learning") / "assets/tiny-python"' if built_in else json.dumps(model)
     code = f"""import torch
@@ -237,23 +239,39 @@ name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
-# x: the residual stream after block {layer}
-outputs = []
-blocks = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-blocks[{layer}].register_forward_hook(lambda block, inputs, output: outputs.append(output))
+{_hook(record, cfg)}
 start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 tokens = tokenizer("def area(width, height):", add_special_tokens=False).input_ids
 with torch.no_grad():
     model(torch.tensor([[start, *tokens]]))
 x = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-x = x[0, 1:]  # (tokens, {record.trainer["activation_dim"]}), without the start token
+x = x.reshape(-1, x.shape[-1])[1:]  # (tokens, {record.trainer["activation_dim"]}), without the start token
 
 {encode}  # (tokens, {record.width})
-reconstruction = features @ sae["W_dec"] + sae["b_dec"]
+reconstruction = features @ sae["W_dec"] + sae["b_dec"]{skip}
 for token, row in zip(tokens, features):
     strongest = row.topk(3)
     print(repr(tokenizer.decode([token])), strongest.indices.tolist(), strongest.values.tolist())"""
     return f"from importlib.resources import files\n\n{code}" if built_in else code
+
+
+def _hook(record: SAERecord, cfg: dict[str, Any]) -> str:
+    """The lines that collect what the SAE reads."""
+    layer, name, site = record.trainer["layer"], cfg["metadata"].get("hf_hook_name"), record.trainer.get("site")
+    out = cfg["metadata"].get("hf_hook_name_out")
+    if site in (None, "resid_post") or not name:
+        return f"""# x: the residual stream after block {layer}
+outputs = []
+blocks = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+blocks[{layer}].register_forward_hook(lambda block, inputs, output: outputs.append(output))"""
+    end = f", from which {record.trainer['site_out']} is predicted ({out})" if out else ""
+    module = name.removesuffix(".input")
+    kind, seen = ("", "output") if module == name else ("_pre", "inputs[0]")
+    arguments = "module, inputs" if kind else "module, inputs, output"
+    return f"""# x: {site} of layer {layer}{end}
+outputs = []
+module = model.get_submodule("{module}")
+module.register_forward{kind}_hook(lambda {arguments}: outputs.append({seen}) and None)"""
 
 
 def _saelens_snippet(record: SAERecord, repo_id: str, path: str) -> str:
@@ -264,7 +282,7 @@ folder = "{path}"
 sae = SAE.from_pretrained("{repo_id}", folder)
 x = torch.randn(4, {record.trainer["activation_dim"]})  # in place of activations
 features = sae.encode(x)  # (4, {record.width})
-reconstruction = sae.decode(features)"""
+reconstruction = {"sae(x)  # with the skip" if record.trainer.get("skip") else "sae.decode(features)"}"""
 
 
 def _tensors(records: list[SAERecord]) -> str:

@@ -16,7 +16,7 @@ import demo
 from dictionary_learning import report
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.model import load_model
-from dictionary_learning.sites import Tap
+from dictionary_learning.sites import Tap, place_at
 
 PEERS = Path(__file__).parents[2] / "third_party" / "peers"
 SITES = ["resid_post", "resid_pre", "attn_out", "mlp_out", "attn_z", "mlp_in"]
@@ -51,6 +51,16 @@ def at_all_sites(base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sites")
     words = ["--save_dir", folder, "--layers", "1", "3", "--sites", *SITES, INNER, "--architectures", "top_k"]
     assert main(*base, *words) == 0
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def transcoders(base, tmp_path_factory) -> Path:
+    """Of all layers, with a skip, exported."""
+    folder = tmp_path_factory.mktemp("transcoders")
+    words = ["--layers", "0", "1", "2", "3", "--transcoder", "mlp", "--skip", "--circuit_tracer"]
+    architectures = ["--architectures", "standard", "jump_relu", "batch_top_k", "top_k"]
+    assert main(*base, "--save_dir", folder, *words, *architectures) == 0
     return only_run(folder)
 
 
@@ -93,6 +103,30 @@ def test_evaluated_again_and_reported(at_all_sites, capsys):
     assert report.main([str(at_all_sites), "--num_tokens", "500", "--device", "cpu"]) == 0
     for path in before:
         assert (path / "report.html").exists()
+
+
+def test_the_cards_snippet_reads_the_site_and_gives_the_features(at_all_sites, transcoders, monkeypatch, capsys):
+    import huggingface_hub
+
+    from dictionary_learning.model_card import _transformers_snippet, model_card
+    from dictionary_learning.plotting import read_runs
+
+    for run_folder in (at_all_sites, transcoders):
+        assert "alice/saes" in (model_card(run_folder, "alice/saes") or "")
+        for record in read_runs([run_folder])[0]:
+            monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _repo, file: run_folder.parent / file)
+            path = record.folder.relative_to(run_folder.parent).as_posix()
+            found: dict = {}
+            exec(_transformers_snippet(record, "alice/saes", path, record.trainer["lm_name"]), found)
+            ae, _ = load_dictionary(record.folder)
+            lm = load_model(record.trainer["lm_name"])
+            tokens_BL = torch.tensor([[found["start"], *found["tokens"]]])
+            place = place_at(record.trainer["layer"], record.trainer["site"])
+            x_BLW = lm.activations(tokens_BL, torch.ones_like(tokens_BL), [place])[place]
+            assert torch.allclose(found["x"], x_BLW[0, 1:], atol=1e-5), path
+            if record.trainer["trainer_class"] != "TopKTrainer" or ae.is_transcoder:  # SAELens runs one by its k
+                assert torch.allclose(found["features"], ae.encode(x_BLW[0, 1:]), atol=1e-4), path
+                assert torch.allclose(found["reconstruction"], ae(x_BLW[0, 1:]), atol=1e-4), path
 
 
 def test_metrics_are_those_of_plain_hooks(at_all_sites, base):
@@ -186,16 +220,6 @@ def test_what_the_disk_lacks_is_one_sentence(base, tmp_path, capsys):
     assert "holds layer 1, not mlp_out of layer 1." in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def transcoders(base, tmp_path_factory) -> Path:
-    """Of all layers, with a skip, exported."""
-    folder = tmp_path_factory.mktemp("transcoders")
-    words = ["--layers", "0", "1", "2", "3", "--transcoder", "mlp", "--skip", "--circuit_tracer"]
-    architectures = ["--architectures", "standard", "jump_relu", "batch_top_k", "top_k"]
-    assert main(*base, "--save_dir", folder, *words, *architectures) == 0
-    return only_run(folder)
-
-
 def test_transcoders_are_complete_and_the_models_loss_is_with_the_mlp_replaced(transcoders):
     saes = find_saes(transcoders)
     assert len(saes) == 16 and {path.parent.name for path in saes} == {
@@ -246,6 +270,8 @@ def test_saelens_opens_every_transcoder(transcoders):
 CIRCUIT_TRACER = """
 import sys, torch, yaml
 from pathlib import Path
+from huggingface_hub import constants
+constants.HF_HUB_ENABLE_HF_TRANSFER = False  # circuit-tracer 0.5 asks for what newer Hub libraries no longer have
 from circuit_tracer.utils.hf_utils import load_transcoders
 folder = Path(sys.argv[1])
 config = yaml.safe_load((folder / "config.yaml").read_text())
