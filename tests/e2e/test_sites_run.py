@@ -114,7 +114,8 @@ def test_the_cards_snippet_reads_the_site_and_gives_the_features(at_all_sites, t
     for run_folder in (at_all_sites, transcoders):
         assert "alice/saes" in (model_card(run_folder, "alice/saes") or "")
         for record in read_runs([run_folder])[0]:
-            monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _repo, file: run_folder.parent / file)
+            root = run_folder.parent
+            monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _repo, file, root=root: root / file)
             path = record.folder.relative_to(run_folder.parent).as_posix()
             found: dict = {}
             exec(_transformers_snippet(record, "alice/saes", path, record.trainer["lm_name"]), found)
