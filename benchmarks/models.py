@@ -311,7 +311,8 @@ def site_faults(folder: str, model: Any, base_folder: str | None) -> Iterator[st
         logits_BLV, x_by_place = lm.run(tokens_BL, mask_BL, [*places.values(), *range(layer)])
         x = {site: x_by_place[place] for site, place in places.items()}
         outs = [x[site] for site in ("attn_out", "mlp_out") if site in x]
-        alone = len(lm._anatomies[layer].mixers) == 1  # some blocks have a state-space mixer beside the attention
+        # some blocks add the output of a state-space mixer too, or a part of the embedding
+        alone = len(lm._anatomies[layer].mixers) == 1 == len(lm._anatomies[layer].mlps)
         if len(outs) == 2 and alone and not in_span(x["resid_post"], x["resid_pre"], *outs):
             yield f"layer {layer}: its parts do not add up"
         if "resid_mid" in x and not in_span(x["resid_mid"], x["resid_pre"], x["attn_out"]):

@@ -10,7 +10,7 @@ B texts, L positions, W width of a site, N = B L.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -288,10 +288,10 @@ class Anatomy:
         # the outermost modules, whatever containers they stand in
         self.parts = [call for call in self.calls if not any(call.path.startswith(f"{path}.") for path in paths)]
         wide = [call for call in self.parts if _has_matrix(call.module)]
-        mixers = [call for call in wide if _mixes(call, n_texts)]
-        self.mlps = [call for call in wide if call not in mixers]
-        self.mixers = mixers
-        self.attentions = [c for c in mixers if re.search("attn|attention", c.path + type(c.module).__name__, re.I)]
+        # some attention reads the keys and values of a lower block, so that it mixes nothing of what it is given
+        self.attentions = [c for c in wide if re.search("attn|attention", c.path + type(c.module).__name__, re.I)]
+        self.mixers = [call for call in wide if call in self.attentions or _mixes(call, n_texts)]
+        self.mlps = [call for call in wide if call not in self.mixers]
 
     def point(self, site: str) -> Point:
         """ValueError, in one sentence, where the block has no such site."""
@@ -329,20 +329,25 @@ class Anatomy:
         inside = [c for c in self.calls if c.path.startswith(f"{call.path}.") and _has_matrix(c.module)]
         return [c for c in inside if not any(other.path.startswith(f"{c.path}.") for other in inside)] or [call]
 
-    def _added(self) -> tuple[_Call | None, _Call | None]:
+    def _added(self) -> tuple[_Call | None, _Call | None, _Call | None]:
         """What attention and MLP add to the residual stream: the modules out of which it comes.
 
         That is their own output, behind a norm where it passes one, or that of their last matrix where they add the
-        residual stream themselves.
+        residual stream themselves.  Behind the MLP some blocks add one more part, of the embedding.
         """
-        ends = []
-        for calls in (self.attentions[:1], self.mlps[-1:]):
-            ends.append([end for call in calls for end in (self._after(call), self._leaves(call)[-1])] or [None])
+
+        def ends(calls: list[_Call]) -> list[_Call | None]:
+            return [end for call in calls for end in (self._after(call), self._leaves(call)[-1])] or [None]
+
         others = [self._after(call) for call in self.mixers if call not in self.attentions]
-        for attention, mlp in product(*ends):
-            parts = [call.made_NW for call in (attention, mlp, *others) if call is not None]
+        last, first = self.mlps[-1:], self.mlps[:1]
+        beside = [call for call in last if torch.equal(call.given_NW, first[0].given_NW)]  # it is one of several MLPs
+        ways = product(ends(self.attentions[:1]), [(mlp, None) for mlp in ends(last)])
+        more = product(ends(self.attentions[:1]), product(ends(first), ends([c for c in last if c not in beside])))
+        for attention, (mlp, extra) in chain(ways, more):
+            parts = [call.made_NW for call in (attention, mlp, extra, *others) if call is not None]
             if parts and _fits(self.whole.made_NW, [self.whole.given_NW, *parts], self.eps):
-                return attention, mlp
+                return attention, mlp, extra
         raise ValueError(
             "it returns no sum of what it is given, its attention and its MLP"
             + self._advice([*self.mixers, *self.mlps])
@@ -378,20 +383,20 @@ class Anatomy:
         return Point(call.module, "input", call.given.shape[-1])
 
     def _resid_mid(self) -> Point:
-        attention, (added, mlp) = self._attention(), self._added()
+        attention, (added, mlp, extra) = self._attention(), self._added()
         assert added is not None
         if mlp is not None:
             for call in self.parts:
                 behind = call.began > attention.began and call.given is not added.made and call.given is not call.made
                 if behind and _fits(call.given_NW, [self.whole.given_NW, added.made_NW], self.eps):
                     point = Point(call.module, "input", call.given.shape[-1], shared=True)
-                    if self._is_the_stream(point, mlp):
+                    if self._is_the_stream(point, [call.path for call in (mlp, extra) if call is not None]):
                         return point
                     break
         raise ValueError("it has no resid_mid: its attention and its MLP do not follow one another")
 
-    def _is_the_stream(self, point: Point, mlp: _Call) -> bool:
-        """Whether what is written there is all that the rest of the block reads."""
+    def _is_the_stream(self, point: Point, paths: list[str]) -> bool:
+        """Whether what is written there is all that the rest of the block reads, which adds the outputs of `paths`."""
         generator = torch.Generator().manual_seed(0)
         x_NW = torch.randn(self.n_tokens, point.width, generator=generator).to(self.whole.made.device)
         with _recorded(self.block, self.n_tokens) as calls:
@@ -400,8 +405,8 @@ class Anatomy:
                 self.run()
             finally:
                 remove()
-        made = next(call.made_NW for call in calls if call.path == mlp.path)
-        return _fits(calls[-1].made_NW, [x_NW.double(), made], self.eps)
+        made = [call.made_NW for call in calls if call.path in paths]
+        return _fits(calls[-1].made_NW, [x_NW.double(), *made], self.eps)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

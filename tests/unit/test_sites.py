@@ -62,6 +62,8 @@ FAMILIES = {
     },
     # one dropout for both sublayers
     "phi": PARALLEL | {"attn_z": ("self_attn.dense", "input")},
+    # a part of the embedding is added behind the MLP, and all is multiplied by a number
+    "gemma4_text": GEMMA,
     # linear attention in three layers of four
     "qwen3_next": LLAMA | {"attn_out": ("linear_attn", "output"), "attn_z": ("linear_attn.out_proj", "input")},
 }
