@@ -174,7 +174,10 @@ def check_site(config: Mapping[str, Any]) -> None:
 
 
 def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of an SAE says of the settings that it was trained in, by the names of our own."""
+    """What the config of an SAE says of the settings that it was trained in, by the names of our own.
+
+    A value of another type than such a setting has says nothing.
+    """
     trainer, buffer, source = (config.get(part) or {} for part in ("trainer", "buffer", "source"))
     lm_name = trainer.get("lm_name") or None
     said = {
@@ -185,7 +188,13 @@ def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "prepend_bos": source.get("prepend_bos"),
         "exclude_special_tokens": source.get("exclude_special_tokens"),
     }
-    return {name: value for name, value in said.items() if value is not None}
+    kinds: dict[str, Any] = {"context_length": int, "mask": bool, "prepend_bos": bool}
+    kinds["exclude_special_tokens"] = bool | list
+    return {
+        name: value
+        for name, value in said.items()
+        if isinstance(value, kinds.get(name, str)) and not (name == "context_length" and int(value) < 2)
+    }
 
 
 def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:

@@ -1,5 +1,7 @@
 """Published SAEs, one module a family: which files are its own (`targets`, `is_own`), and how they are read (`read`).
 
+What a file holds beyond what is read is counted and told, but for names that begin with one of the family's NO_WEIGHTS.
+
 Whatever is opened comes as one of our seven classes where one of them computes it, else as `dictionary.GeneralSAE`,
 with a config of the same form:
 
@@ -15,6 +17,7 @@ SAELens.
 
 import os
 import re
+import warnings
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -122,6 +125,7 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
             f"{name} is not a trained SAE: it must be a folder with {' and '.join(dictionary_learning.FILES)}, or with "
             f"{' and '.join(saelens.FILES)}, or of another family that is known ({_families()})."
         )
+    place.opened.clear()
     try:
         ae, config = family.read(place)
     except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, OverflowError, ValueError) as error:
@@ -132,7 +136,16 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
     broken = [key for key, tensor in ae.state_dict().items() if not _all_finite(tensor)]
     if broken:
         raise ValueError(f"{name} has weights that are not finite, in {broken[0]}; restore it from a copy.")
+    left = sorted(key for file in place.opened for key in file.unread if not key.startswith(_no_weights(family)))
+    if left:
+        what = f"{len(left)} of its tensors, such as {left[0]}, are none of {family.NAME} as it is known"
+        warnings.warn(f"{name}: {what}: left out", stacklevel=2)
     return ae.to(device), config
+
+
+def _no_weights(family: ModuleType) -> tuple[str, ...]:
+    """How the names of what a family's files hold beside the weights begin."""
+    return getattr(family, "NO_WEIGHTS", ())
 
 
 def _all_finite(tensor: Tensor) -> bool:

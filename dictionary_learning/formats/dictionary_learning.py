@@ -14,6 +14,7 @@ from .place import Place, Said, config_of
 
 NAME = "dictionary_learning"
 FILES = ("config.json", "ae.pt")
+NO_WEIGHTS = ("optimizer.", "config.")  # of a backup
 
 
 def targets(names: Collection[str]) -> list[str]:
@@ -50,8 +51,11 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     named = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name")))  # as "mlp_out_layer_3"
     site = str(trainer.get("site") or (named[1] if named else "resid_post"))
     full = config_of(place, NAME, ae, Said(site=site))
-    source = config.get("source") or full["source"]  # of one that was converted, where it came from
-    buffer = config.get("buffer") or full["buffer"]
+    # of one that was converted, the source is where it came from
+    source, buffer = (
+        config[part] if isinstance(config.get(part), dict) and config[part] else full[part]
+        for part in ("source", "buffer")
+    )
     layer = trainer.get("layer", int(named[2]) if named else None)
     known = {"layer": layer if isinstance(layer, int) and layer >= 0 else None}
     config = {**config, "trainer": full["trainer"] | trainer | known, "buffer": buffer, "source": source}

@@ -25,8 +25,8 @@ def targets(names: Collection[str]) -> list[str]:
 
 def linears(file: TensorFile) -> dict[str, Any]:
     """The four tensors of two `nn.Linear`s."""
-    tensors = {ours: file.read(theirs) for ours, theirs in LINEARS.items() if theirs in file.names}
-    return {name: tensor.T if name.startswith("W") else tensor for name, tensor in tensors.items()}
+    there = {ours: theirs for ours, theirs in LINEARS.items() if theirs in file.names}
+    return {ours: (file.turned if ours.startswith("W") else file.read)(theirs) for ours, theirs in there.items()}
 
 
 def scale(norm: Any, width: int, place: Place) -> float:

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from ..dictionary import Dictionary, GeneralSAE
 from .llama_scope import scale
 from .llama_scope_r1 import FILES
@@ -11,6 +13,7 @@ from .place import Place, Said, config_of, place_of_hook
 NAME = "Llamascopium"
 ACTIVATIONS = {"relu": "relu", "jumprelu": "jump_relu", "topk": "top_k", "batchtopk": "batch_top_k"}
 NORM = "dataset_average_activation_norm"
+NO_WEIGHTS = (NORM,)  # of a hook that is not scaled
 
 
 def targets(names: Collection[str]) -> list[str]:
@@ -35,6 +38,8 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     ours = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
     ours["activation_function.log_jumprelu_threshold"] = "log_threshold"
     tensors = {ours[name]: file.read(name) for name in ours if name in file.names}
+    if not cfg.get("use_decoder_bias", True):
+        tensors.setdefault("b_dec", torch.zeros(tensors["W_dec"].shape[-1]))
     hook_in = str(cfg.get("hook_point_in"))
     hook_out = str(cfg.get("hook_point_out") or hook_in)
     way, scales = str(cfg.get("norm_activation", "none")), {"in": 1.0, "out": 1.0}
