@@ -29,6 +29,11 @@ def linears(file: TensorFile) -> dict[str, Any]:
     return {ours: (file.turned if ours.startswith("W") else file.read)(theirs) for ours, theirs in there.items()}
 
 
+def norm_at(norms: Any, end: str, hook: Any) -> Any:
+    """The average norm of activations that a config states for its "in" or "out" or by the hook's name; or None."""
+    return norms.get(end, norms.get(str(hook))) if isinstance(norms, dict) else norms
+
+
 def scale(norm: Any, width: int, place: Place) -> float:
     """What activations of this average norm are multiplied by: to sqrt(width)."""
     if not isinstance(norm, int | float) or not 0 < norm < math.inf:
@@ -55,6 +60,7 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
         layer=int(found[1]) if found else None,
         site=SITES[found[2]] if found else "resid_post",
         submodule_name=hook or None,
+        ctx_len=1024,
         prepend_bos=True,
     )
     return ae, config_of(place, NAME, ae, said)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..dictionary import Dictionary, GeneralSAE
-from .llama_scope import scale
+from .llama_scope import norm_at, scale
 from .llama_scope_r1 import FILES
 from .place import Place, Said, config_of, place_of_hook
 
@@ -46,7 +46,7 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     if way == "dataset-wise":
         for end, hook, width in (("in", hook_in, len(tensors["W_enc"])), ("out", hook_out, tensors["W_dec"].shape[1])):
             name = f"{NORM}.{hook}"
-            norm = float(file.read(name)) if name in file.names else (cfg.get(NORM) or {}).get(end)
+            norm = float(file.read(name)) if name in file.names else norm_at(cfg.get(NORM), end, hook)
             scales[end] = scale(norm, width, place)
     elif way not in ("token-wise", "none", "inference") or (way == "token-wise" and hook_in != hook_out):
         what = "the transcoder's target" if way == "token-wise" else "the batch"

@@ -178,10 +178,12 @@ def test_llama_scope(tmp_path, x_BD):
     assert find_saes(tmp_path) == [path]
 
 
-def test_llama_scope_r1(tmp_path, x_BD):
+@pytest.mark.parametrize("keys", [None, ("in", "out"), ("in",), ("blocks.3.hook_resid_post",)])
+def test_llama_scope_r1(keys, tmp_path, x_BD):
     t, norm = tensors(), 5.0
     stored = linears(t) | {"log_jumprelu_threshold": t["threshold"].log()}
-    cfg = {"d_model": D, "dataset_average_activation_norm": norm}
+    cfg = {"d_model": D, "hook_point_in": "blocks.3.hook_resid_post"}
+    cfg["dataset_average_activation_norm"] = norm if keys is None else dict.fromkeys(keys, norm)
     path = folder(tmp_path, "L3R", {"config.json": cfg, "sae_weights.safetensors": stored})
     s = math.sqrt(D) / norm
     f_BF = jump(s * x_BD @ t["W_enc"] + t["b_enc"], t["threshold"])
