@@ -188,13 +188,11 @@ def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "prepend_bos": source.get("prepend_bos"),
         "exclude_special_tokens": source.get("exclude_special_tokens"),
     }
+    if not (isinstance(ctx_len := said["context_length"], int) and ctx_len > 1):
+        del said["context_length"]
     kinds: dict[str, Any] = {"context_length": int, "mask": bool, "prepend_bos": bool}
     kinds["exclude_special_tokens"] = bool | list
-    return {
-        name: value
-        for name, value in said.items()
-        if isinstance(value, kinds.get(name, str)) and not (name == "context_length" and int(value) < 2)
-    }
+    return {name: value for name, value in said.items() if isinstance(value, kinds.get(name, str))}
 
 
 def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:

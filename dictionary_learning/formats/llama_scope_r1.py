@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..dictionary import Dictionary, GeneralSAE
-from .llama_scope import linears, norm_at, scale
+from .llama_scope import linears, norm_at, places_of, scale
 from .place import Place, Said, config_of
 
 NAME = "Llama Scope R1"
@@ -38,10 +38,13 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     s_out = s_in if norm_out is None else scale(norm_out, tensors["W_dec"].shape[1], place)
     ranks = "ranks" if cfg.get("sparsity_include_decoder_norm") else None
     ae = GeneralSAE.folded(tensors, "jump_relu", scale_in=s_in, scale_out=s_out, decoder_norm=ranks).simplest()
+    layer, site, site_out = places_of(cfg, place.number(r"L(\d+)R"), "resid_post")
     said = Said(
         lm_name="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
-        layer=place.number(r"L(\d+)R"),
-        submodule_name=hook,
+        layer=layer,
+        site=site,
+        site_out=site_out,
+        submodule_name=hook if isinstance(hook, str) else None,
         ctx_len=1024,
         prepend_bos=True,
     )

@@ -178,6 +178,18 @@ def test_llama_scope(tmp_path, x_BD):
     assert find_saes(tmp_path) == [path]
 
 
+def test_a_transcoder_of_llama_scope_says_its_places(tmp_path, x_BD):
+    t, theta, norms = tensors(), 0.2, {"in": 5.0, "out": 2.0}
+    cfg = {"hook_point_in": "blocks.15.ln2.hook_normalized", "hook_point_out": "blocks.15.hook_mlp_out"}
+    cfg |= {"jump_relu_threshold": theta, "dataset_average_activation_norm": norms}
+    files = {"hyperparams.json": cfg, "checkpoints/final.safetensors": linears(t)}
+    path = folder(tmp_path, "Llama3_1-8B-Base-L15TC-8x", files)
+    s_in, s_out = (math.sqrt(D) / norm for norm in norms.values())
+    f_BF = jump(s_in * x_BD @ t["W_enc"] + t["b_enc"], theta * s_in)
+    y_BD = (f_BF @ t["W_dec"] + t["b_dec"]) / s_out
+    check(path, x_BD, f_BF, y_BD, layer=15, site="ln2.hook_normalized", site_out="mlp_out")
+
+
 @pytest.mark.parametrize("keys", [None, ("in", "out"), ("in",), ("blocks.3.hook_resid_post",)])
 def test_llama_scope_r1(keys, tmp_path, x_BD):
     t, norm = tensors(), 5.0
