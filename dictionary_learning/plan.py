@@ -12,7 +12,7 @@ import torch
 
 from . import cache
 from .data import estimate_tokens, open_documents
-from .model import load_tokenizer, model_shape, needs_extra, resolve_device, same_model
+from .model import check_context, load_tokenizer, model_shape, needs_extra, resolve_device, same_model
 from .reading import Reading
 from .start import find_starts
 from .sweep import Architecture, Options, Schedule, Sweep, get_schedule, get_trainer_configs
@@ -116,10 +116,7 @@ def make_plan(
     for layer in layers:
         if not 0 <= layer < shape.n_layers:
             raise ValueError(f"model {name} has layers 0 to {shape.n_layers - 1}, not {layer}.")
-    if shape.context_limit is not None and sweep.context_length > shape.context_limit:
-        raise ValueError(
-            f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens {name} can read."
-        )
+    check_context(sweep.context_length, shape.context_limit, name)
     check_cache(options, sweep)
     asked = {key: row for key, row in rows.items() if key in options.architectures}
     configs = [

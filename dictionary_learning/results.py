@@ -18,7 +18,7 @@ from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
-from .model import LanguageModel, same_model
+from .model import LanguageModel, check_context, same_model
 from .reading import Reading, run_record
 from .sweep import EVALUATION_SETTINGS, Architecture
 from .world import World
@@ -115,6 +115,7 @@ def evaluate(
         same are evaluated together.
     Every rank takes a share of the SAEs. What stops one is told, and stops no other; ValueError where none is left.
     """
+    saes = list({named.name: named for named in saes}.values())  # one that was named twice is evaluated once
     share = saes[len(saes) * world.rank // world.size : len(saes) * (world.rank + 1) // world.size]
     groups: dict[str, list[Subject]] = {}
     failures: dict[str, str] = {}
@@ -168,8 +169,11 @@ def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Su
 def check_site(config: Mapping[str, Any]) -> None:
     """ValueError where an SAE reads what cannot be read of a model."""
     trainer = config["trainer"]
-    if trainer.get("layer") is None or trainer.get("site", "resid_post") != "resid_post":
-        place = trainer.get("submodule_name") or "a place that its config does not name"
+    site = trainer.get("site", "resid_post")
+    if trainer.get("layer") is None and site == "resid_post":
+        raise ValueError("neither its name nor its config says which layer it reads: a folder layer_{number} would.")
+    if trainer.get("layer") is None or site != "resid_post":
+        place = trainer.get("submodule_name") or site
         raise ValueError(f"it reads {place}, and only SAEs of block outputs can be evaluated.")
 
 
@@ -259,6 +263,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
 
 def evaluation_batches(reading: Reading, lm: LanguageModel) -> list[Any]:
     """The first contexts of the evaluation text, as many as are asked for."""
+    check_context(reading.sweep.context_length, lm.context_limit, lm.name)
     text, n_left, batches = reading.open_text(lm.tokenizer, evaluation=True), reading.sweep.eval_num_inputs, []
     for batch in text:
         batches.append(tuple(tensor[:n_left] for tensor in batch))

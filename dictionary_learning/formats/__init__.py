@@ -108,7 +108,7 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
     for the folder. Features are in the units of the family's own package: ReLU SAEs of dictionary_learning come with a
     unit-norm decoder. ValueError for everything that is not a whole SAE, or is of a family that cannot be loaded.
     """
-    place = local_place(Path(name), str(name)) if Path(name).exists() else hub_place(str(name))
+    place = local_place(Path(name)) if Path(name).exists() else hub_place(str(name))
     if place.target in WEIGHTS:
         place.target = ""
     candidates = [family for family in FAMILIES if place.target in _targets(place.names, [family])]
@@ -174,14 +174,15 @@ def _names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files if path.is_file()}
 
 
-def local_place(path: Path, name: str) -> Place:
+def local_place(path: Path) -> Place:
+    path = path.absolute()
     folder, target = (path, "") if path.is_dir() else (path.parent, path.name)
-    above = folder.absolute().parent
+    above = folder.parent
 
     def get_above(file: str) -> Path | None:
         return above / file if (above / file).is_file() else None
 
-    return Place(name if not target else str(folder), _names(folder), lambda file: folder / file, target, get_above)
+    return Place(str(folder), _names(folder), lambda file: folder / file, target, get_above)
 
 
 def hub_place(name: str) -> Place:

@@ -14,9 +14,10 @@ from ..files import TensorFile, read_json, read_yaml
 class Place:
     """A folder, or one file of it.
 
-    name: as the user gave it. names: the files of the folder and of those in it, by relative path. get: the file of
-    such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the folder. get_above:
-    as get, for the folder above; None where it has no such file. opened: the files of tensors that were asked for.
+    name: as the user gave it, but all of its path. names: the files of the folder and of those in it, by relative path.
+    get: the file of such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the
+    folder. get_above: as get, for the folder above; None where it has no such file. opened: the files of tensors that
+    were asked for.
     """
 
     name: str
@@ -44,8 +45,11 @@ class Place:
         return self.opened[-1]
 
     def search(self, pattern: str) -> re.Match[str] | None:
-        """In the name of the place, the file included: what many publishers say nowhere else."""
-        return re.search(pattern, self.name if not self.target else f"{self.name}/{self.target}")
+        """In the name of the place, the file included: what many publishers say nowhere else.
+
+        The last match, as a folder above may be called alike.
+        """
+        return next(reversed([*re.finditer(pattern, f"{self.name}/{self.target}")]), None)
 
     def number(self, pattern: str) -> int | None:
         found = self.search(pattern)

@@ -95,6 +95,17 @@ def test_gemma_scope(tmp_path, x_BD):
     assert find_saes(tmp_path) == [path]
 
 
+def test_what_a_name_tells_is_told_from_within_and_below_alike_names(tmp_path, monkeypatch):
+    gemma, sparsify = (published(tensors())[name] for name in ("gemma", "layers.5"))
+    path = folder(tmp_path / "layer_5" / "average_l0_3", "gemma-scope-2b-pt-res/layer_20/average_l0_71", gemma)
+    for name, inside in ((path, tmp_path), (".", path), ("params.npz", path), ("../average_l0_71", path)):
+        monkeypatch.chdir(inside)
+        _, config = load_dictionary(name)
+        assert config["trainer"]["layer"] == 20 and config["source"]["stated"] == {"l0": 71.0}
+    monkeypatch.chdir(folder(tmp_path, "layers.7", sparsify))
+    assert [load_dictionary(name)[1]["trainer"]["layer"] for name in (".", "sae.safetensors")] == [7, 7]
+
+
 @pytest.mark.parametrize("affine", [False, True])
 def test_gemma_scope_2_transcoders(affine, tmp_path, x_BD):
     t = tensors(E)
