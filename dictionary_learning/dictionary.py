@@ -747,7 +747,7 @@ class GeneralSAE(MatrixDictionary):
     ) -> "GeneralSAE":
         """The form of tensors as they lie in a file, which are taken over and changed; ValueError if they do not fit.
 
-        tensors: as in the class, b_enc and b_dec 0 by default, threshold of one entry or F, and more: log_threshold,
+        tensors: as in the class, threshold of one entry or F, and more: log_threshold,
         latent_scale (F; features are multiplied by it before they are decoded).
         subtracts_b_dec: b_dec is the pre_bias as well.
         scale_in, scale_out: the file's SAE takes scale_in x and predicts scale_out times its target; the features stay.
@@ -755,12 +755,14 @@ class GeneralSAE(MatrixDictionary):
         by the decoder's norms, features are divided by them; "ranks" where this is done to select features only.
         """
         tensors = dict(tensors)
+        gates = {"b_gate", "r_mag"} if activation == "gated" else set()
+        needed = {"W_enc", "W_dec", "b_enc", "b_dec", *gates, *(["threshold"] if activation == "jump_relu" else [])}
+        if missing := needed - {name.removeprefix("log_") for name in tensors}:
+            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
         W_enc_DF, W_dec_FE = tensors["W_enc"], tensors["W_dec"]
         if W_enc_DF.ndim != 2 or W_dec_FE.ndim != 2:
             raise ValueError(f"its encoder is {_shape(W_enc_DF)} and its decoder {_shape(W_dec_FE)}, not matrices")
         (n_in, dict_size), n_out = W_enc_DF.shape, W_dec_FE.shape[1]
-        tensors.setdefault("b_enc", torch.zeros(dict_size))
-        tensors.setdefault("b_dec", torch.zeros(n_out))
         if "log_threshold" in tensors:
             tensors["threshold"] = tensors.pop("log_threshold").exp()
         if "threshold" in tensors and tensors["threshold"].numel() == 1:

@@ -155,14 +155,15 @@ class TensorFile:
     opened anew for each, as the pages that were read stay in memory until it is closed: reading all tensors takes no
     more memory than they have in float32.  What torch.save nested has dotted names ("ae.b_dec").
 
-    values: what stands in a torch.save file beside the tensors.  ValueError for damage, and for what is no such file.
+    values: what stands in a torch.save file beside the tensors.  unread: the names that nobody has asked for.
+    ValueError for damage, and for what is no such file.
     """
 
     MAPPED = 2**26  # entries; a smaller tensor is copied, so that nothing that happens to its file can reach it
     PIECE = 2**24  # entries
 
     def __init__(self, path: str | Path):
-        self.path, self.values, self.names = Path(path), {}, set[str]()
+        self.path, self.values, self.names, self._read = Path(path), {}, set[str](), set[str]()
         with self._told():
             if self.path.suffix == ".safetensors":
                 with safe_open(self.path, framework="pt") as file:
@@ -185,7 +186,12 @@ class TensorFile:
                     raise ValueError(f"the checksum of {damaged} is wrong")
                 self.names = set(self._unpickled(self.values))
 
+    @property
+    def unread(self) -> set[str]:
+        return self.names - self._read
+
     def read(self, name: str) -> Tensor:
+        self._read.add(name)
         with self._told():
             tensor = self._open(name)
             if not tensor.is_floating_point():
@@ -200,6 +206,13 @@ class TensorFile:
                 tensor = self._open(name)
                 whole[start : start + rows] = tensor[start : start + rows]
             return whole
+
+    def turned(self, name: str) -> Tensor:
+        """A matrix, its rows as columns."""
+        matrix = self.read(name)
+        if matrix.ndim != 2:
+            raise ValueError(f"its {name} has {matrix.ndim} dimensions, not the 2 of a matrix")
+        return matrix.T
 
     def _open(self, name: str) -> Tensor:
         if self.path.suffix == ".safetensors":

@@ -124,6 +124,12 @@ def _context_limit(model: Any) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
+def check_context(length: int, limit: int | None, name: str) -> None:
+    """ValueError where contexts are longer than what the model of this name can read."""
+    if limit is not None and length > limit:
+        raise ValueError(f"--context_length {length} is more than the {limit} tokens {name} can read.")
+
+
 def _check_layer(layer: int, n_layers: int, name: str) -> None:
     if not 0 <= layer < n_layers:
         raise ValueError(f"model {name} has {n_layers} layers (0 to {n_layers - 1}), not {layer}")
@@ -413,6 +419,10 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def context_limit(self) -> int | None:
+        return _context_limit(self.model)
 
     def _inputs(self, tokens_BL: Tensor, mask_BL: Tensor) -> dict[str, Any]:
         highest = int(tokens_BL.max())

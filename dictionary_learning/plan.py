@@ -13,7 +13,16 @@ import torch
 
 from . import cache
 from .data import estimate_tokens, open_documents
-from .model import LanguageModel, ModelShape, load_tokenizer, model_shape, needs_extra, resolve_device, same_model
+from .model import (
+    LanguageModel,
+    ModelShape,
+    check_context,
+    load_tokenizer,
+    model_shape,
+    needs_extra,
+    resolve_device,
+    same_model,
+)
 from .reading import Reading, recorded_settings, source_of
 from .sites import RESID_POST, TRANSCODERS, Place, check_sites, in_order, place_at, tap_of, words_of
 from .start import find_starts
@@ -132,10 +141,7 @@ def make_plan(
             raise ValueError(f"model {name} has layers 0 to {shape.n_layers - 1}, not {layer}.")
     pairs = site_pairs(options, sweep)
     routes = [(place_at(layer, site), place_at(layer, site_out)) for site, site_out in pairs for layer in layers]
-    if shape.context_limit is not None and sweep.context_length > shape.context_limit:
-        raise ValueError(
-            f"--context_length {sweep.context_length} is more than the {shape.context_limit} tokens {name} can read."
-        )
+    check_context(sweep.context_length, shape.context_limit, name)
     check_cache(options, sweep)
     reading = Reading(options, sweep, device, world)
     widths, lm = find_widths(reading, routes, shape.activation_dim)

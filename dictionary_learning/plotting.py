@@ -271,6 +271,8 @@ def _read(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Any:
 def _trainer_settings(text: str) -> dict[str, Any]:
     trainer = json.loads(text)["trainer"]
     needed = {"trainer_class": str, "dict_size": int, "layer": int}
+    if unsaid := [key for key in needed if trainer.get(key) is None]:
+        raise ValueError(f"its trainer does not say its {' and '.join(unsaid)}")
     return trainer | {key: kind(trainer[key]) for key, kind in needed.items()}
 
 

@@ -33,7 +33,7 @@ from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.files import read_json, write_atomic
 from dictionary_learning.formats import load_dictionary
 from dictionary_learning.model import BUILT_IN as BUILT_IN_MODELS
-from dictionary_learning.model import LanguageModel, load_model, resolve_device
+from dictionary_learning.model import LanguageModel, check_context, load_model, resolve_device
 from dictionary_learning.plotting import ARCHITECTURE_STYLES
 from dictionary_learning.reading import evaluation_text, recorded_settings
 from dictionary_learning.results import RESULTS, find_named, said_by
@@ -414,6 +414,7 @@ def write_reports(
     split: str | None = None,
     subset: str | None = None,
     text_column: str | None = None,
+    context_length: int | None = None,
     num_tokens: int = 500_000,
     device: str | None = None,
 ) -> list[Path]:
@@ -463,7 +464,7 @@ def write_reports(
         if dataset is not None:  # of which the run's split and chats tell nothing
             text = {key: value for key, value in text.items() if key not in ("split", "subset", "mixed")}
             text |= {"dataset": dataset, "held_out": dataset == BUILT_IN or None}
-        given = {"split": split, "subset": subset, "text_column": text_column}
+        given = {"split": split, "subset": subset, "text_column": text_column, "context_length": context_length}
         text |= {key: value for key, value in given.items() if value is not None}
         lengths = [(config.get("buffer") or {}).get("ctx_len") or 128 for _, _, config in saes]
         pages += _write_pages(lm, saes, {"context_length": max(lengths), **text}, num_tokens)
@@ -474,6 +475,7 @@ def _write_pages(
     lm: LanguageModel, saes: list[tuple[Path, Dictionary, dict[str, Any]]], text: dict[str, Any], num_tokens: int
 ) -> list[Path]:
     """text: what `open_batches` is told, beside the tokenizer and the size of its batches."""
+    check_context(text["context_length"], lm.context_limit, lm.name)
     batch_size = max(1, TOKENS_AT_A_TIME // text["context_length"])
     marks = TextMarks(lm.bos_id, lm.separator_id, lm.pad_id)
     batches = open_batches(tokenizer=lm.tokenizer, batch_size=batch_size, marks=marks, prefetch=0, **text)
@@ -507,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="of the dataset (default: the run's)")
     parser.add_argument("--subset", help="of a dataset on the Hub (default: the run's)")
     parser.add_argument("--text_column", help="column of the dataset that holds the text (default: the run's)")
+    parser.add_argument("--context_length", type=int, help="tokens of a context (default: the run's or the SAE's)")
     parser.add_argument("--num_tokens", type=int, default=500_000, help="tokens to read (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the first of these that is there)")
     arguments = vars(parser.parse_args(argv))

@@ -19,7 +19,7 @@ from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
 from .formats import find_saes, load_dictionary
-from .model import LanguageModel, same_model
+from .model import LanguageModel, check_context, same_model
 from .reading import Reading, recorded_settings, run_record
 from .sites import RESID_POST, Place, route_of, tap_of
 from .sweep import EVALUATION_SETTINGS, Architecture
@@ -119,6 +119,7 @@ def evaluate(
         same are evaluated together.
     Every rank takes a share of the SAEs. What stops one is told, and stops no other; ValueError where none is left.
     """
+    saes = list({named.name: named for named in saes}.values())  # one that was named twice is evaluated once
     share = saes[len(saes) * world.rank // world.size : len(saes) * (world.rank + 1) // world.size]
     groups: dict[str, list[Subject]] = {}
     failures: dict[str, str] = {}
@@ -173,7 +174,10 @@ def load(named: Named, reading_of: Callable[[Mapping[str, Any]], Reading]) -> Su
 
 
 def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of an SAE says of the settings that it was trained in, by the names of our own."""
+    """What the config of an SAE says of the settings that it was trained in, by the names of our own.
+
+    A value of another type than such a setting has says nothing.
+    """
     trainer, buffer, source = (config.get(part) or {} for part in ("trainer", "buffer", "source"))
     lm_name = trainer.get("lm_name") or None
     said = {
@@ -184,7 +188,11 @@ def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "prepend_bos": source.get("prepend_bos"),
         "exclude_special_tokens": source.get("exclude_special_tokens"),
     }
-    return {name: value for name, value in said.items() if value is not None}
+    if not (isinstance(ctx_len := said["context_length"], int) and ctx_len > 1):
+        del said["context_length"]
+    kinds: dict[str, Any] = {"context_length": int, "mask": bool, "prepend_bos": bool}
+    kinds["exclude_special_tokens"] = bool | list
+    return {name: value for name, value in said.items() if isinstance(value, kinds.get(name, str))}
 
 
 def check_model(trainer: Mapping[str, Any], reading: Reading) -> None:
@@ -251,6 +259,7 @@ def measure(lm: LanguageModel, subjects: Sequence[Subject]) -> list[Measured]:
 
 def evaluation_batches(reading: Reading, lm: LanguageModel) -> list[Any]:
     """The first contexts of the evaluation text, as many as are asked for."""
+    check_context(reading.sweep.context_length, lm.context_limit, lm.name)
     text, n_left, batches = reading.open_text(lm.tokenizer, evaluation=True), reading.sweep.eval_num_inputs, []
     for batch in text:
         batches.append(tuple(tensor[:n_left] for tensor in batch))

@@ -72,9 +72,10 @@ def route_of(trainer: Mapping[str, Any]) -> tuple[Place, Place]:
     """The place that an SAE reads and the one that it reconstructs or predicts, as the "trainer" of its config says;
     ValueError where it says none in a layer."""
     layer, site = trainer.get("layer"), trainer.get("site") or RESID_POST
+    if layer is None and site == RESID_POST:
+        raise ValueError("neither its name nor its config says which layer it reads: a folder layer_{number} would.")
     if layer is None:
-        where = trainer.get("submodule_name") or "a place that its config does not name"
-        raise ValueError(f"it reads {where}, which is no place in a layer.")
+        raise ValueError(f"it reads {trainer.get('submodule_name') or site}, which is no place in a layer.")
     return place_at(int(layer), site), place_at(int(layer), trainer.get("site_out") or site)
 
 

@@ -1,5 +1,7 @@
 """Published SAEs, one module a family: which files are its own (`targets`, `is_own`), and how they are read (`read`).
 
+What a file holds beyond what is read is counted and told, but for names that begin with one of the family's NO_WEIGHTS.
+
 Whatever is opened comes as one of our seven classes where one of them computes it, else as `dictionary.GeneralSAE`,
 with a config of the same form:
 
@@ -15,6 +17,7 @@ SAELens.
 
 import os
 import re
+import warnings
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -108,7 +111,7 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
     for the folder. Features are in the units of the family's own package: ReLU SAEs of dictionary_learning come with a
     unit-norm decoder. ValueError for everything that is not a whole SAE, or is of a family that cannot be loaded.
     """
-    place = local_place(Path(name), str(name)) if Path(name).exists() else hub_place(str(name))
+    place = local_place(Path(name)) if Path(name).exists() else hub_place(str(name))
     if place.target in WEIGHTS:
         place.target = ""
     candidates = [family for family in FAMILIES if place.target in _targets(place.names, [family])]
@@ -125,6 +128,7 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
             f"{name} is not a trained SAE: it must be a folder with {' and '.join(dictionary_learning.FILES)}, or with "
             f"{' and '.join(saelens.FILES)}, or of another family that is known ({_families()})."
         )
+    place.opened.clear()
     try:
         ae, config = family.read(place)
     except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, OverflowError, ValueError) as error:
@@ -135,7 +139,16 @@ def load_dictionary(name: str | Path, device: str | torch.device = "cpu") -> tup
     broken = [key for key, tensor in ae.state_dict().items() if not _all_finite(tensor)]
     if broken:
         raise ValueError(f"{name} has weights that are not finite, in {broken[0]}; restore it from a copy.")
+    left = sorted(key for file in place.opened for key in file.unread if not key.startswith(_no_weights(family)))
+    if left:
+        what = f"{len(left)} of its tensors, such as {left[0]}, are none of {family.NAME} as it is known"
+        warnings.warn(f"{name}: {what}: left out", stacklevel=2)
     return ae.to(device), config
+
+
+def _no_weights(family: ModuleType) -> tuple[str, ...]:
+    """How the names of what a family's files hold beside the weights begin."""
+    return getattr(family, "NO_WEIGHTS", ())
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -164,14 +177,15 @@ def _names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files if path.is_file()}
 
 
-def local_place(path: Path, name: str) -> Place:
+def local_place(path: Path) -> Place:
+    path = path.absolute()
     folder, target = (path, "") if path.is_dir() else (path.parent, path.name)
-    above = folder.absolute().parent
+    above = folder.parent
 
     def get_above(file: str) -> Path | None:
         return above / file if (above / file).is_file() else None
 
-    return Place(name if not target else str(folder), _names(folder), lambda file: folder / file, target, get_above)
+    return Place(str(folder), _names(folder), lambda file: folder / file, target, get_above)
 
 
 def hub_place(name: str) -> Place:

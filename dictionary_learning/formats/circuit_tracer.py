@@ -29,8 +29,8 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
         raise ValueError(f"{place.name} holds cross-layer transcoders, which cannot be loaded.")
     file = place.tensors(place.target)
     cfg = next((cfg for name in CONFIGS if (cfg := place.yaml_if_there(name))), {})
-    tensors = {name: file.read(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip") if name in file.names}
-    tensors |= {name: tensors[name].T for name in ("W_enc", "W_skip") if name in tensors}
+    tensors = {name: file.read(name) for name in ("W_dec", "b_enc", "b_dec") if name in file.names}
+    tensors |= {name: file.turned(name) for name in ("W_enc", "W_skip") if name in file.names}
     activation, k = "relu", None
     if "activation_function.threshold" in file.names:
         activation, tensors["threshold"] = "jump_relu", file.read("activation_function.threshold")

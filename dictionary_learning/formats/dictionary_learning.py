@@ -14,6 +14,7 @@ from .place import Place, Said, config_of
 
 NAME = "dictionary_learning"
 FILES = ("config.json", "ae.pt")
+NO_WEIGHTS = ("optimizer.", "config.")  # of a backup
 
 
 def targets(names: Collection[str]) -> list[str]:

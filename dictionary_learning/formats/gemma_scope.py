@@ -22,6 +22,7 @@ def targets(names: Collection[str]) -> list[str]:
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     file = place.tensors("params.npz")
     ours = {"wenc": "W_enc", "wdec": "W_dec", "benc": "b_enc", "bdec": "b_dec", "threshold": "threshold"}
+    ours |= {"we": "W_enc", "wd": "W_dec", "be": "b_enc", "bd": "b_dec"}  # as some transcoders have them
     tensors = {ours[key]: file.read(name) for name in file.names if (key := name.lower().replace("_", "")) in ours}
     ae = GeneralSAE.folded(tensors, "jump_relu").simplest()
     repo = place.search(r"gemma-scope-(\w+)-(pt|it)-(\w+)")

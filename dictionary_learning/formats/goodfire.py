@@ -30,7 +30,7 @@ def read_relu(
     """A ReLU SAE of two `nn.Linear`s, of a model and a layer that the file's name tells."""
     file, tensors = place.tensors(place.target), {}
     for end, linear in zip(("enc", "dec"), linears, strict=True):
-        tensors[f"W_{end}"] = file.read(f"{linear}.weight").T
+        tensors[f"W_{end}"] = file.turned(f"{linear}.weight")
         if f"{linear}.bias" in file.names:
             tensors[f"b_{end}"] = file.read(f"{linear}.bias")
     ae = GeneralSAE.folded(tensors).simplest()

@@ -3,14 +3,17 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from ..dictionary import Dictionary, GeneralSAE
-from .llama_scope import scale
+from .llama_scope import norm_at, scale
 from .llama_scope_r1 import FILES
 from .place import Place, Said, config_of, place_of_hook
 
 NAME = "Llamascopium"
 ACTIVATIONS = {"relu": "relu", "jumprelu": "jump_relu", "topk": "top_k", "batchtopk": "batch_top_k"}
 NORM = "dataset_average_activation_norm"
+NO_WEIGHTS = (NORM,)  # of a hook that is not scaled
 
 
 def targets(names: Collection[str]) -> list[str]:
@@ -35,13 +38,15 @@ def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     ours = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
     ours["activation_function.log_jumprelu_threshold"] = "log_threshold"
     tensors = {ours[name]: file.read(name) for name in ours if name in file.names}
+    if not cfg.get("use_decoder_bias", True):
+        tensors.setdefault("b_dec", torch.zeros(tensors["W_dec"].shape[-1]))
     hook_in = str(cfg.get("hook_point_in"))
     hook_out = str(cfg.get("hook_point_out") or hook_in)
     way, scales = str(cfg.get("norm_activation", "none")), {"in": 1.0, "out": 1.0}
     if way == "dataset-wise":
         for end, hook, width in (("in", hook_in, len(tensors["W_enc"])), ("out", hook_out, tensors["W_dec"].shape[1])):
             name = f"{NORM}.{hook}"
-            norm = float(file.read(name)) if name in file.names else (cfg.get(NORM) or {}).get(end)
+            norm = float(file.read(name)) if name in file.names else norm_at(cfg.get(NORM), end, hook)
             scales[end] = scale(norm, width, place)
     elif way not in ("token-wise", "none", "inference") or (way == "token-wise" and hook_in != hook_out):
         what = "the transcoder's target" if way == "token-wise" else "the batch"

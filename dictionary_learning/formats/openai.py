@@ -8,6 +8,7 @@ from .place import Place, Said, config_of
 
 NAME = "OpenAI"
 TENSORS = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
+NO_WEIGHTS = ("stats_last_nonzero", "activation_state_dict")
 SITES = {
     "resid_post_mlp": "resid_post",
     "resid_post_attn": "resid_mid",
@@ -27,7 +28,7 @@ def is_own(place: Place) -> bool:
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     """TopK sees each token normalised by its mean and deviation; its pre_bias is subtracted, and added at the end."""
     file = place.tensors(place.target)
-    tensors = {"W_enc": file.read("encoder.weight").T, "W_dec": file.read("decoder.weight").T}
+    tensors = {"W_enc": file.turned("encoder.weight"), "W_dec": file.turned("decoder.weight")}
     tensors |= {"b_enc": file.read("latent_bias"), "b_dec": file.read("pre_bias")}
     top_k = file.values.get("activation") == "TopK"
     k = file.values.get("activation_state_dict.k", 32) if top_k else None

@@ -14,9 +14,10 @@ from ..files import TensorFile, read_json, read_yaml
 class Place:
     """A folder, or one file of it.
 
-    name: as the user gave it. names: the files of the folder and of those in it, by relative path. get: the file of
-    such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the folder. get_above:
-    as get, for the folder above; None where it has no such file.
+    name: as the user gave it, but all of its path. names: the files of the folder and of those in it, by relative path.
+    get: the file of such a name on this machine, downloaded if need be. target: the file that is the SAE, "" for the
+    folder. get_above: as get, for the folder above; None where it has no such file. opened: the files of tensors that
+    were asked for.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Place:
     get: Callable[[str], Path]
     target: str = ""
     get_above: Callable[[str], Path | None] = lambda file: None
+    opened: list[TensorFile] = field(default_factory=list)
 
     def json(self, file: str) -> dict[str, Any]:
         return read_json(self.get(file))
@@ -39,11 +41,15 @@ class Place:
         return read_yaml(self.get(file)) if file in self.names else {}
 
     def tensors(self, file: str) -> TensorFile:
-        return TensorFile(self.get(file))
+        self.opened.append(TensorFile(self.get(file)))
+        return self.opened[-1]
 
     def search(self, pattern: str) -> re.Match[str] | None:
-        """In the name of the place, the file included: what many publishers say nowhere else."""
-        return re.search(pattern, self.name if not self.target else f"{self.name}/{self.target}")
+        """In the name of the place, the file included: what many publishers say nowhere else.
+
+        The last match, as a folder above may be called alike.
+        """
+        return next(reversed([*re.finditer(pattern, f"{self.name}/{self.target}")]), None)
 
     def number(self, pattern: str) -> int | None:
         found = self.search(pattern)
@@ -126,6 +132,10 @@ class Said:
 
 def config_of(place: Place, family: str, ae: Dictionary, said: Said) -> dict[str, Any]:
     """The config of an SAE in the form of config.json, whatever the family (`formats.load_dictionary`)."""
+    if said.site_out in (None, said.site) and ae.output_dim != ae.activation_dim:
+        raise ValueError(
+            f"it takes {ae.activation_dim} dimensions and gives {ae.output_dim}, though it is no transcoder"
+        )
     trainer = {
         "trainer_class": said.trainer.get("trainer_class", type(ae).__name__),
         "dict_class": ae.class_name,

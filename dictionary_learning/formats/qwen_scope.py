@@ -16,8 +16,8 @@ def targets(names: Collection[str]) -> list[str]:
 
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     file, cfg = place.tensors(place.target), place.json_if_there("config.json")
-    tensors = {name: file.read(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec") if name in file.names}
-    tensors |= {name: tensors[name].T for name in ("W_enc", "W_dec") if name in tensors}
+    tensors = {name: file.read(name) for name in ("b_enc", "b_dec") if name in file.names}
+    tensors |= {name: file.turned(name) for name in ("W_enc", "W_dec") if name in file.names}
     k = cfg.get("k", place.number(r"-L0_(\d+)"))
     ae = GeneralSAE.folded(tensors, "top_k", k).simplest()
     model = place.search(r"SAE-Res-(.+?)-W\d+K")

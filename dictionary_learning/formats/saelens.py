@@ -247,7 +247,7 @@ def _build(path: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         tensors = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
     own = {_TENSORS[name]: tensor for name, tensor in tensors.items()}
     if "W_skip" in own:
-        own["W_skip"] = own["W_skip"].T
+        own["W_skip"] = own["W_skip"].t()
     activation, k = _ACTIVATIONS[architecture], None
     needed = {"gated": {"b_gate", "r_mag", "b_enc"}, "jump_relu": {"threshold"}}.get(activation, set())
     if not needed <= own.keys() | ({"threshold"} if "log_threshold" in own else set()):

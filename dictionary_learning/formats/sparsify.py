@@ -19,11 +19,11 @@ def targets(names: Collection[str]) -> list[str]:
 def read(place: Place) -> tuple[Dictionary, dict[str, Any]]:
     """Its SAEs subtract b_dec, its transcoders do not; the k largest are of relu(pre), unless it is `signed`."""
     file, cfg = place.tensors("sae.safetensors"), place.json("cfg.json")
-    tensors = {"W_enc": file.read("encoder.weight").T, "b_enc": file.read("encoder.bias")}
+    tensors = {"W_enc": file.turned("encoder.weight"), "b_enc": file.read("encoder.bias")}
     tensors |= {name: file.read(name) for name in ("W_dec", "b_dec")}
     transcode = bool(cfg.get("transcode", False))
     if "W_skip" in file.names:
-        tensors["W_skip"] = file.read("W_skip").T
+        tensors["W_skip"] = file.turned("W_skip")
     activation = {"topk": "top_k", "groupmax": "group_max"}.get(str(cfg.get("activation", "topk")))
     if activation is None:
         raise ValueError(f"{place.name} has the activation {cfg['activation']!r}; topk and groupmax can be loaded.")

@@ -93,11 +93,12 @@ def test_one_sae_that_cannot_be_evaluated_stops_no_other(trained, tmp_path, caps
         config["trainer"] |= change.get("trainer", {})
         (copy / "config.json").write_text(json.dumps(config))
     dataset = results(trained[0])["hyperparameters"]["dataset"]
-    code = run_bare("--eval_only", tmp_path / "more", "--dataset", dataset, "--eval_num_inputs", 6)
+    flags = ("--dataset", dataset, "--eval_num_inputs", 6, "--context_length", 32)
+    code = run_bare("--eval_only", tmp_path / "more", *flags)
     error = capsys.readouterr().err
     assert code == 0, error
     assert error.count("not evaluated") == 2
-    assert "only SAEs of block outputs" in error and "--model_name" in error and "None" not in error
+    assert "which layer it reads" in error and "--model_name" in error and "None" not in error
 
 
 def test_several_runs_are_one_table(trained, run, tmp_path, capsys):

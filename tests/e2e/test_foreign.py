@@ -62,8 +62,28 @@ def test_their_results_are_drawn_wherever_they_are_written(foreign, asked, tmp_p
     assert {line.get_marker() for axes in figure.axes for line in axes.lines} == {"X", "*"}
 
 
+def test_contexts_that_the_model_cannot_read_are_told(foreign, asked, text_file, tiny_model_folder, capsys):
+    """As long as the SAE says, or as the user."""
+    flags = [flag for flag in asked if flag not in ("--context_length", "32")]
+    path, sentence = str(foreign["Gemma Scope"]), "is more than the 128 tokens"
+    assert demo.main(["--eval_only", path, *flags]) == 2
+    assert f"--context_length 1024 {sentence}" in capsys.readouterr().err
+    assert demo.main(["--eval_only", path, *flags, "--context_length", "129"]) == 2
+    assert f"--context_length 129 {sentence}" in capsys.readouterr().err
+    command = [path, "--dataset", text_file, "--model", tiny_model_folder, "--num_tokens", 200, "--device", "cpu"]
+    assert report(list(map(str, command))) == 2
+    assert f"error: --context_length 1024 {sentence}" in capsys.readouterr().err
+
+
+def test_an_sae_that_is_named_twice_is_evaluated_once(foreign, asked, capsys):
+    path = foreign["Gemma Scope"]
+    assert demo.main(["--eval_only", str(path), f"{path}/", str(path.parents[2]), *asked]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("1 ")]) == 1
+
+
 def test_pages_are_written_of_folders_and_of_files(foreign, text_file, tiny_model_folder, tmp_path, capsys):
     flags = ["--dataset", text_file, "--model", tiny_model_folder, "--num_tokens", 200, "--device", "cpu"]
+    flags += ["--context_length", 32]
     for family, path in foreign.items():
         assert report([str(path), "--save_dir", str(tmp_path), *map(str, flags)]) == 0
         page = Path(capsys.readouterr().out.strip())

@@ -6,6 +6,7 @@ B tokens, D activation_dim, E output_dim, F dict_size.
 import json
 import math
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from dictionary_learning.dictionary import AutoEncoderTopK, GeneralSAE
 from dictionary_learning.formats import find_saes, load_dictionary
 from dictionary_learning.formats.__main__ import main as convert
+from dictionary_learning.results import said_by
 from dictionary_learning.start import find_starts, load_start
 from dictionary_learning.trainers import StandardTrainerAprilUpdate, TopKTrainer
 
@@ -91,6 +93,17 @@ def test_gemma_scope(tmp_path, x_BD):
     )
     check(path, x_BD, f_BF, f_BF @ t["W_dec"] + t["b_dec"], **said)
     assert find_saes(tmp_path) == [path]
+
+
+def test_what_a_name_tells_is_told_from_within_and_below_alike_names(tmp_path, monkeypatch):
+    gemma, sparsify = (published(tensors())[name] for name in ("gemma", "layers.5"))
+    path = folder(tmp_path / "layer_5" / "average_l0_3", "gemma-scope-2b-pt-res/layer_20/average_l0_71", gemma)
+    for name, inside in ((path, tmp_path), (".", path), ("params.npz", path), ("../average_l0_71", path)):
+        monkeypatch.chdir(inside)
+        _, config = load_dictionary(name)
+        assert config["trainer"]["layer"] == 20 and config["source"]["stated"] == {"l0": 71.0}
+    monkeypatch.chdir(folder(tmp_path, "layers.7", sparsify))
+    assert [load_dictionary(name)[1]["trainer"]["layer"] for name in (".", "sae.safetensors")] == [7, 7]
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -176,10 +189,24 @@ def test_llama_scope(tmp_path, x_BD):
     assert find_saes(tmp_path) == [path]
 
 
-def test_llama_scope_r1(tmp_path, x_BD):
+def test_a_transcoder_of_llama_scope_says_its_places(tmp_path, x_BD):
+    t, theta, norms = tensors(), 0.2, {"in": 5.0, "out": 2.0}
+    cfg = {"hook_point_in": "blocks.15.ln2.hook_normalized", "hook_point_out": "blocks.15.hook_mlp_out"}
+    cfg |= {"jump_relu_threshold": theta, "dataset_average_activation_norm": norms}
+    files = {"hyperparams.json": cfg, "checkpoints/final.safetensors": linears(t)}
+    path = folder(tmp_path, "Llama3_1-8B-Base-L15TC-8x", files)
+    s_in, s_out = (math.sqrt(D) / norm for norm in norms.values())
+    f_BF = jump(s_in * x_BD @ t["W_enc"] + t["b_enc"], theta * s_in)
+    y_BD = (f_BF @ t["W_dec"] + t["b_dec"]) / s_out
+    check(path, x_BD, f_BF, y_BD, layer=15, site="ln2.hook_normalized", site_out="mlp_out")
+
+
+@pytest.mark.parametrize("keys", [None, ("in", "out"), ("in",), ("blocks.3.hook_resid_post",)])
+def test_llama_scope_r1(keys, tmp_path, x_BD):
     t, norm = tensors(), 5.0
     stored = linears(t) | {"log_jumprelu_threshold": t["threshold"].log()}
-    cfg = {"d_model": D, "dataset_average_activation_norm": norm}
+    cfg = {"d_model": D, "hook_point_in": "blocks.3.hook_resid_post"}
+    cfg["dataset_average_activation_norm"] = norm if keys is None else dict.fromkeys(keys, norm)
     path = folder(tmp_path, "L3R", {"config.json": cfg, "sae_weights.safetensors": stored})
     s = math.sqrt(D) / norm
     f_BF = jump(s * x_BD @ t["W_enc"] + t["b_enc"], t["threshold"])
@@ -351,6 +378,7 @@ def test_a_jumprelu_that_subtracts_b_dec_is_shifted_as_one(tmp_path, x_BD):
 )
 def test_a_converted_sae_tells_saelens_its_place(site, hook, tmp_path):
     t = tensors()
+    t.pop("W_skip")
     repo = {"mlp_out": "mlp"}.get(site, site)
     path = folder(tmp_path, f"google/gemma-scope-2b-pt-{repo}/layer_4/width_16k/average_l0_9", {"params.npz": t})
     assert convert([str(path), str(tmp_path / "ours")]) == 0
@@ -403,7 +431,7 @@ def test_a_transcoder_and_what_no_trained_class_computes_are_no_start(tmp_path):
 
 
 def test_the_weights_file_of_a_folder_stands_for_the_folder(tmp_path):
-    path = folder(tmp_path, "sae", {"params.npz": tensors() | {"b_dec": torch.ones(D)}})
+    path = folder(tmp_path, "sae", {"params.npz": published(tensors())["gemma"]["params.npz"]})
     (one, config), (other, again) = load_dictionary(path), load_dictionary(path / "params.npz")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert config == again
@@ -471,31 +499,155 @@ def test_a_reference_config_without_layer_and_buffer(config, place, tmp_path):
     assert (config["trainer"]["layer"], config["trainer"]["site"]) == place and config["buffer"]["ctx_len"] is None
 
 
-def test_damage_is_one_sentence_in_every_family(tmp_path):
-    """Or, where a format has no checksums, a changed bit of a weight that stays finite."""
-    t = tensors()
+def published(t: dict[str, Tensor]) -> dict[str, dict[str, dict]]:
+    """The files of one SAE of each family."""
     plain = {name: t[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    lower = {name.lower(): t[name] for name in (*plain, "threshold")}
+    scope = {**plain, "threshold": t["threshold"]}
     turned = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
     openmoss = {"W_E": t["W_enc"], "b_E": t["b_enc"], "W_D": t["W_dec"], "b_D": t["b_dec"]}
     qwen = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"].T, "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
     openai = {"pre_bias": t["b_dec"], "latent_bias": t["b_enc"], "encoder.weight": t["W_enc"].T}
     openai |= {"decoder.weight": t["W_dec"].T, "activation": "TopK", "activation_state_dict": {"k": K}}
-    scope = {"jump_relu_threshold": 0.1, "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}}
-    folders = {
-        "gemma": {"params.npz": {**plain, "threshold": t["threshold"]}},
-        "gemma2": {"params.safetensors": lower, "config.json": {"model_name": "gemma-v3-1b-pt", "l0": 20}},
+    norms = {"dataset_average_activation_norm": {"in": 5.0, "out": 5.0}}
+    r1 = linears(t) | {"log_jumprelu_threshold": t["threshold"].log()}
+    own = {"trainer": {"dict_class": "BatchTopKSAE", "k": K, "layer": 3, "lm_name": "a/b"}, "buffer": {"ctx_len": 128}}
+    state = {**turned, "decoder.weight": t["W_dec"].T, "threshold": torch.tensor(0.2), "k": torch.tensor(K)}
+    state.pop("W_dec")
+    jumprelu = saelens("jumprelu", t)
+    jumprelu["sae_weights.safetensors"]["threshold"] = t["threshold"]
+    gated = saelens("gated", t)
+    stored = gated["sae_weights.safetensors"]
+    stored |= {"b_gate": t["b_enc"], "b_mag": stored.pop("b_enc") / 2, "r_mag": t["threshold"]}
+    z_cfg = {"act_size": D, "dict_size": F, "act_name": "blocks.5.attn.hook_z"}
+    return {
+        "ours": {"config.json": own, "ae.pt": state},
+        "gemma": {"params.npz": scope},
+        "gemma2": {
+            "params.safetensors": {name.lower(): tensor for name, tensor in scope.items()},
+            "config.json": {"model_name": "gemma-v3-1b-pt", "l0": 20, "hf_hook_point_in": "model.layers.3.output"},
+        },
         "layers.5": {"sae.safetensors": turned, "cfg.json": {"k": K, "d_in": D, "transcode": False}},
         "openmoss": {
             "sae_weights.safetensors": openmoss,
             "config.json": {"sae_type": "sae", "act_fn": "topk", "top_k": K},
         },
-        "L15R": {"hyperparams.json": scope, "checkpoints/final.safetensors": linears(t)},
+        "X-L15R-8x": {
+            "hyperparams.json": {"jump_relu_threshold": 0.1, **norms},
+            "checkpoints/final.safetensors": linears(t),
+        },
+        "L3R": {"config.json": {"d_model": D, **norms}, "sae_weights.safetensors": r1},
         "saelens": saelens("topk", t, k=K),
+        "saelens_jumprelu": jumprelu,
+        "saelens_gated": gated,
         "qwen": {"layer3.sae.pt": qwen, "config.json": {"k": K}},
         "openai": {"layer_6.pt": openai},
         "plt": {"layer_9.safetensors": {**plain, "W_enc": t["W_enc"].T}, "config.yaml": {"model_name": "a/b"}},
+        "z": {"gpt2_L5.pt": plain, "gpt2_L5_cfg.json": z_cfg},
+        "goodfire": {"Llama-3.1-8B-Instruct-SAE-l19.pth": linears(t, "encoder_linear", "decoder_linear")},
+        "qresearch": {"DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt": linears(t)},
     }
+
+
+NAMES = sorted(published(tensors()))
+
+
+def weights_file(files: dict[str, dict]) -> str:
+    return next(file for file in files if not file.endswith((".json", ".yaml")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_missing_or_of_another_shape_is_one_sentence(name, tmp_path):
+    files = published(tensors())[name]
+    file = weights_file(files)
+    optional = {"k", "threshold"} if name == "ours" else set()  # which older files lack
+    for key, tensor in files[file].items():
+        if not isinstance(tensor, Tensor):
+            continue
+        changed = {"less": tensor[:-1] if tensor.ndim else tensor.expand(2), "doubled": torch.stack([tensor, tensor])}
+        changed |= {"turned": tensor.T.contiguous()} if tensor.ndim == 2 else {}
+        changed |= {"a number": tensor.flatten()[0]} if tensor.ndim and "threshold" not in key else {}
+        for how, other in [*changed.items(), ("missing", None)]:
+            if how == "missing" and key in optional:
+                continue
+            content = (
+                {**files[file], key: other} if other is not None else {k: v for k, v in files[file].items() if k != key}
+            )
+            path = folder(tmp_path, name, {**files, file: content})
+            with pytest.raises(ValueError) as told:
+                load_dictionary(path)
+            assert str(path) in str(told.value) and "\n" not in str(told.value), (key, how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_too_many_is_counted_and_told(name, tmp_path, x_BD):
+    files = published(tensors())[name]
+    file = weights_file(files)
+    path = folder(tmp_path, name, files)
+    before = load_dictionary(path)[0](x_BD)
+    path = folder(tmp_path, name, {**files, file: files[file] | {"W_more": torch.ones(3), "b_more": torch.ones(2)}})
+    if name.startswith("saelens"):  # whose files have no other tensors
+        with pytest.raises(ValueError, match=r"\['W_more', 'b_more'\] that are not known"):
+            load_dictionary(path)
+    elif name == "ours":
+        with pytest.raises(ValueError, match="W_more"):
+            load_dictionary(path)
+    else:
+        with pytest.warns(UserWarning, match=f"{path}: 2 of its tensors, such as W_more, are none of .*: left out"):
+            assert load_dictionary(path)[0](x_BD).equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_dtypes_are_read_as_the_numbers_that_they_are(name, dtype, tmp_path, x_BD):
+    files = published(tensors())[name]
+    file, answers = weights_file(files), []
+    if file.endswith(".npz") and dtype is torch.bfloat16:
+        pytest.skip("numpy has none")
+    stored = {
+        key: value.to(dtype) if key != "k" and isinstance(value, Tensor) else value
+        for key, value in files[file].items()
+    }
+    rounded = {
+        key: value.float() if key != "k" and isinstance(value, Tensor) else value for key, value in stored.items()
+    }
+    for part, content in (("stored", stored), ("rounded", rounded)):
+        ae, _ = load_dictionary(folder(tmp_path / part, name, {**files, file: content}))
+        assert {parameter.dtype for parameter in ae.parameters()} == {torch.float32}
+        answers.append(ae(x_BD))
+    assert answers[0].equal(answers[1]) and answers[0].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_with_nulls_strange_types_and_more_keys_are_read_or_told(name, tmp_path, x_BD):
+    files = published(tensors())[name]
+    for file in files:
+        if not file.endswith((".json", ".yaml")):
+            continue
+        whole = files[file]
+        path = folder(tmp_path, name, files)
+        before = load_dictionary(path)[0](x_BD)
+        assert load_dictionary(folder(tmp_path, name, {**files, file: whole | {"more": None}}))[0](x_BD).equal(before)
+        parts = [(whole, lambda part: part)]
+        for outer in ("trainer", "metadata", "buffer"):
+            if outer in whole:
+                parts.append((whole[outer], lambda part, outer=outer, whole=whole: {**whole, outer: part}))
+        for part, put in parts:
+            for key in part:
+                for value in (None, [], {}, "text", -1, 1.5, True, [1], {"a": 1}, 10**400):
+                    path = folder(tmp_path, name, {**files, file: put({**part, key: value})})
+                    try:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            _, config = load_dictionary(path)
+                    except ValueError as error:
+                        assert str(path) in str(error) and "\n" not in str(error), (key, value)
+                    else:
+                        json.dumps([config, said_by(config)])
+
+
+def test_damage_is_one_sentence_in_every_family(tmp_path):
+    """Or, where a format has no checksums, a changed bit of a weight that stays finite."""
+    folders = published(tensors())
     n_told = dict.fromkeys(folders, 0)
     for name, files in folders.items():
         path = folder(tmp_path, name, files)
@@ -505,7 +657,9 @@ def test_damage_is_one_sentence_in_every_family(tmp_path):
             for damaged in mutations(whole, random.Random(0)):
                 (path / file).write_bytes(damaged)
                 try:
-                    ae, _ = load_dictionary(path)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of a scale that a changed key does not say any more
+                        ae, _ = load_dictionary(path)
                 except ValueError as error:
                     n_told[name] += 1
                     assert str(path) in str(error) and "\n" not in str(error)
@@ -524,7 +678,9 @@ def test_a_decoder_row_of_zeros_makes_no_nan(tmp_path, x_BD):
 
 def test_what_has_no_class_of_ours_is_not_converted(tmp_path, capsys):
     t = tensors(E)
-    files = {"layer_9.safetensors": {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"]}}
+    files = {
+        "layer_9.safetensors": {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"], "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
+    }
     cfg = {"activation": "topk", "k": K}  # keeps what is below 0
     path = folder(tmp_path, "plt", files | {"config.yaml": cfg})
     assert convert([str(path / "layer_9.safetensors"), str(tmp_path / "ours")]) == 2
@@ -566,7 +722,10 @@ def test_a_transcoder_is_converted_to_ours(kind, tmp_path, x_BD):
         ),
         ({"layer3.sae.pt": {"W_enc": Malice()}}, "layer3.sae.pt is damaged"),
         ({"params.npz": {"W_enc": torch.full((D, F), math.nan), "W_dec": torch.ones(F, D)}}, "params|finite|threshold"),
-        ({"params.safetensors": {"w_enc": torch.ones(3, 4), "w_dec": torch.ones(5, 3)}}, "does not fit"),
+        (
+            {"params.safetensors": {"w_enc": torch.ones(3, 4), "w_dec": torch.ones(4, 3)}},
+            "lacks b_dec and b_enc and thr",
+        ),
         ({"notes.txt": {}}, "is not a trained SAE"),
     ],
 )
