@@ -210,6 +210,27 @@ def test_training_alone_needs_no_evaluation_text(run, tmp_path, capsys):
     assert run("--architectures", "top_k", "--eval_dataset", empty, "--overwrite") == 2
 
 
+def test_an_sae_may_be_named_twice_and_by_its_weights(trained, capsys):
+    before = results(trained[0])
+    (trained[0] / "eval_results.json").unlink()
+    names = [trained[0].parents[1], f"{trained[0]}/", trained[0] / "ae.pt", trained[0] / "sae_weights.safetensors"]
+    assert run_bare("--eval_only", *names) == 0 and results(trained[0]) == before
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("plot")]
+    assert len(lines) == 1 + len(trained)
+    (trained[0] / "eval_results.json").unlink()
+    assert run_bare("--eval_only", trained[0] / "ae.pt") == 0 and results(trained[0]) == before
+
+
+def test_saes_that_look_alike_in_the_table_are_named(trained, tmp_path, capsys):
+    flags = ["--any_model", "--model_name", json.loads((trained[0] / "config.json").read_text())["trainer"]["lm_name"]]
+    text = json.loads((trained[0].parents[1] / "run.json").read_text())["settings"]["dataset"]
+    copies = [shutil.copytree(trained[0], tmp_path / name) for name in ("one", "two")]
+    capsys.readouterr()
+    assert run_bare("--eval_only", *copies, *flags, "--dataset", text, "--eval_num_inputs", 3) == 0
+    out = capsys.readouterr().out
+    assert all(str(path) in out for path in copies)
+
+
 def test_an_empty_folder_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run_bare("--eval_only", tmp_path / "empty") == 2
