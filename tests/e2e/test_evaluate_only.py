@@ -132,7 +132,10 @@ def test_a_setting_that_cannot_be_is_one_sentence(name, value, trained, capsys):
     assert f"{name} {value!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": null}', '{"settings": [1]}', '{"settings": {'])
+NO_RUNS = ["", "[1]", "{}", '{"settings": null}', '{"settings": [1]}', '{"settings": {', '{"settings": {}}']
+
+
+@pytest.mark.parametrize("content", NO_RUNS)
 def test_a_damaged_run_stops_no_other(content, trained, run, tmp_path, capsys):
     assert run("--save_dir", tmp_path / "other", "--architectures", "gated", "--no_eval") == 0
     (other,) = find_saes(tmp_path / "other")
@@ -141,6 +144,17 @@ def test_a_damaged_run_stops_no_other(content, trained, run, tmp_path, capsys):
     assert run_bare("--eval_only", trained[0], other) == 0
     told = capsys.readouterr()
     assert "run.json" in told.err and "gated" in told.out
+
+
+@pytest.mark.parametrize(
+    "name, value", [*[("changes", value) for value in (3, [3], [{"dataset": 3}])], ("ended_early", 3)]
+)
+def test_a_record_that_cannot_be_is_one_sentence(name, value, trained, run, capsys):
+    path = trained[0].parents[1] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert run_bare("--eval_only", path.parent) == 2 and "run.json does not tell" in capsys.readouterr().err
+    assert run("--architectures", "top_k", "standard", "--max_norm_multiple", 5, "--resume") == 2
+    assert "run.json does not tell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
