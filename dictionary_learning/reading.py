@@ -48,14 +48,14 @@ def recorded_settings(record: Path) -> dict[str, Any]:
     """
     content = read_json(record)
     settings, changes, ended = content.get("settings"), content.get("changes", []), content.get("ended_early")
+    damage = ValueError(f"{record} does not tell of a run what it should; restore it from a copy.")
+    if not isinstance(settings, dict) or not {"model_name", "eval_dataset"} <= settings.keys():
+        raise damage
     try:
-        names = {"model_name", "eval_dataset"}
-        whole = isinstance(settings, dict) and names <= settings.keys() and (ended is None or ended["tokens"] >= 0)
+        _ = ended is None or int(ended["tokens"])
         before = [{name: was for name, (was, _) in changed.items()} for changed in changes]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{record} does not tell of a run what it should; restore it from a copy.")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damage from error
     check_recorded(settings, str(record))
     earlier = list(itertools.accumulate(reversed(before), lambda now, was: now | was, initial=settings))[1:]
     return settings | {"earlier": earlier, "ended_early": ended}
