@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import demo_config
 from demo_config import ARCHITECTURES, DEFAULTS, LLM_CONFIG, PRESETS
-from dictionary_learning.sweep import ENDED_EARLY, INTERRUPTED, Options, Sweep, check_sweep
+from dictionary_learning.sweep import ENDED_EARLY, INTERRUPTED, Options, Sweep, check_recorded, check_sweep
 
 if TYPE_CHECKING:
     from dictionary_learning.plan import Plan
@@ -135,7 +135,9 @@ def make_plan(args: argparse.Namespace, world: "World") -> "Plan":
 
     if options.activations:  # what they are of is not asked again
         index = cache.read_index(options.activations)
-        options, sweep = resolve(args, {"layers": index["layers"], **index["settings"]})
+        said = {"layers": index["layers"], **index["settings"]}
+        check_recorded(said, f"the index in {options.activations}")
+        options, sweep = resolve(args, said)
     check_sweep(sweep, options.architectures)
 
     defaults = dataclasses.asdict(Sweep.of(DEFAULTS))

@@ -74,7 +74,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"there are no activations in {folder}: write them with --cache {folder}.")
     index = read_json(path)
-    if index.get("version") != VERSION or not {"settings", "layers", "activation_dim", "model"} <= index.keys():
+    kinds = {"settings": dict, "layers": list, "activation_dim": int, "model": dict, "held_out": bool}
+    if index.get("version") != VERSION or any(type(index.get(name)) is not kind for name, kind in kinds.items()):
         raise ValueError(f"{path} is not the index of activations that this version can read.")
     index.setdefault("places", [[layer, RESID_POST, index["activation_dim"]] for layer in index["layers"]])
     return index

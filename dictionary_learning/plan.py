@@ -284,7 +284,7 @@ def check_activations(plan: Plan, folder: str) -> None:
     if not same_model(index["model"], asked["model"]):
         differs.append(f"{plan.model_name} is another model by now")
     if plan.held_out and not index["held_out"]:
-        differs.append(f"{sweep.eval_dataset} would be evaluated on text that is among them")
+        differs.append(f"{sweep.eval_dataset} would be evaluated on text that is among them (name an --eval_dataset)")
     if differs:
         raise ValueError(f"the activations in {folder} do not fit the run: {'; '.join(differs)}.")
     n_positions = sweep.epochs * cache.held(folder, plan.text_shards)[0]

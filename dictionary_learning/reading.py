@@ -1,5 +1,6 @@
 """Which language model reads which text: all that an evaluation depends on beside the SAE, and how both are opened."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,15 +51,18 @@ def recorded_settings(record: Path) -> dict[str, Any]:
     Raises ValueError where it has none, or what no settings can be.
     """
     content = read_json(record)
-    settings, changes = content.get("settings"), content.get("changes", [])
-    if not isinstance(settings, dict) or not isinstance(changes, list):
-        raise ValueError(f"{record} has no settings of a run; restore it from a copy")
+    settings, changes, ended = content.get("settings"), content.get("changes", []), content.get("ended_early")
+    damage = ValueError(f"{record} does not tell of a run what it should; restore it from a copy.")
+    if not isinstance(settings, dict) or not {"model_name", "eval_dataset"} <= settings.keys():
+        raise damage
+    try:
+        _ = ended is None or int(ended["tokens"])
+        before = [{name: was for name, (was, _) in changed.items()} for changed in changes]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damage from error
     check_recorded(settings, str(record))
-    earlier, before = [], settings
-    for changed in reversed(changes):
-        before = before | {name: was for name, (was, _) in changed.items()}
-        earlier.append(before)
-    return settings | {"earlier": earlier, "ended_early": content.get("ended_early")}
+    earlier = list(itertools.accumulate(reversed(before), lambda now, was: now | was, initial=settings))[1:]
+    return settings | {"earlier": earlier, "ended_early": ended}
 
 
 def source_of(settings: Mapping[str, Any], evaluation: bool) -> Source:

@@ -18,7 +18,7 @@ from .buffer import Mask
 from .dictionary import Dictionary
 from .evaluation import evaluate_saes
 from .files import read_json, write_atomic, write_json
-from .formats import find_saes, load_dictionary
+from .formats import WEIGHTS, find_saes, load_dictionary
 from .model import LanguageModel, check_context, same_model
 from .reading import Reading, recorded_settings, run_record
 from .sites import RESID_POST, Place, route_of, tap_of
@@ -48,9 +48,12 @@ def find_named(name: str, save_dir: Path) -> list[Named]:
         record = run_record(path) if path.exists() else None
         return Named(name, path if path.is_dir() else elsewhere, record)
 
-    if not Path(name).is_dir():
-        return [one(Path(name), name)]
-    found = find_saes(name)
+    path = Path(name)
+    if path.is_file() and path.name in WEIGHTS:
+        path = path.parent
+    if not path.is_dir():
+        return [one(path, name)]
+    found = find_saes(path)
     if not found:
         raise ValueError(f"there is no SAE in {name}.")
     return [one(path, str(path)) for path in found]
@@ -323,7 +326,9 @@ def table(measured: Sequence[Measured], architectures: Mapping[str, Architecture
     always = {"layer", "architecture", "width", "setting", *COLUMNS.values()}
     said = {name for name in ("site", "stated L0", "ended early") if any(row[name] not in ("", "-") for row in rows)}
     differs = {name for name in rows[0] if name != "SAE" and len({row[name] for row in rows}) > 1}
-    asked = always | said | differs | ({"SAE"} if len(runs) > 1 else set())
+    asked = always | said | differs
+    alike = len({tuple(row[name] for name in sorted(asked - set(COLUMNS.values()))) for row in rows}) < len(rows)
+    asked |= {"SAE"} if len(runs) > 1 or alike else set()
     shown = [name for name in rows[0] if name in asked]
     lines = [shown, *([row[name] for name in shown] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]

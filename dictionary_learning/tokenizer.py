@@ -108,11 +108,14 @@ def text_marks(tokenizer: Any, eos_ids: Iterable[int] = ()) -> TextMarks:
     Documents are separated by eos, but not by a token that the chat template names: the eos of an instruct model
     (`<|im_end|>` of Qwen3) ends a turn, not a document. Then it is the first of eos_ids (of the generation config) and
     `<|endoftext|>` that the template does not name, else bos, or pad where there is no bos. A context begins with bos,
-    or with the separator where there is none, or one that begins the turns of chats (`<|im_start|>` of SmolLM2).
+    or with the separator where there is none, or one that begins the turns of chats (`<|im_start|>` of SmolLM2). BERT's
+    are `[CLS]` and `[SEP]`.
 
     Raises ValueError where there is no such token.
     """
     bos_id, eos_id, pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if bos_id is None and eos_id is None:  # BERT has other names for them
+        bos_id, eos_id = tokenizer.cls_token_id, tokenizer.sep_token_id
     template = getattr(tokenizer, "chat_template", None)
     candidates = [eos_id]
     if template:
@@ -121,6 +124,8 @@ def text_marks(tokenizer: Any, eos_ids: Iterable[int] = ()) -> TextMarks:
         candidates += [i for i in eos_ids if i in added and added[i].special]
         candidates += [tokenizer.get_vocab().get(DOCUMENT_SEPARATOR), pad_id if bos_id is None else None]
         candidates = [i for i in candidates if i is not None and tokenizer.convert_ids_to_tokens(i) not in text]
+    elif bos_id is None:
+        candidates.append(pad_id)
     separator_id = next((i for i in [*candidates, bos_id] if i is not None), None)
     if separator_id is None:
         what = "only tokens of its chat template" if template and eos_id is not None else "no eos token"

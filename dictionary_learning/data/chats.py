@@ -13,6 +13,8 @@ from .stream import Stream
 # Around what a conversation itself writes like a special token: code points that no text may hold. What stands between
 # them is tokenised as text, so that the template alone makes special tokens.
 LITERAL, LITERAL_END = "\ufdd0", "\ufdd1"
+MARKS = re.compile(f"[{LITERAL}{LITERAL_END}]")
+LITERALS = re.compile(f"{LITERAL}([^{LITERAL}{LITERAL_END}]*){LITERAL_END}")
 MARKUP = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])"  # how templates write special tokens
 REASONS = 10  # for which a template refuses chats, told apart; the rest are counted together
 
@@ -76,6 +78,14 @@ def _without_prefix(prompt: str, text: str) -> str:
     return prompt
 
 
+def pieces_of(text: str) -> list[str]:
+    """A chat as the template writes it in pieces, every second of them literal.
+
+    Templates cut what is said, some at a special token: where a mark has lost its other, what it was beside is none.
+    """
+    return [MARKS.sub("", piece) for piece in LITERALS.split(text)]
+
+
 class ChatTexts(Stream):
     """Conversations as the tokenizer's chat template writes them; what it refuses is skipped and counted.
 
@@ -111,7 +121,10 @@ class ChatTexts(Stream):
             try:
                 text = self._render(conversation)
             except Exception as error:  # a template is a program of the model's authors: it may raise anything
-                self._refuse(error)
+                self._refuse(f"refused by the chat template ({one_line(error)[:80]})")
+                continue
+            if not text:
+                self._refuse("made nothing of by the chat template")
                 continue
             self.n_texts += 1
             # a generator of its own for each text: their number is all the state there is
@@ -120,8 +133,7 @@ class ChatTexts(Stream):
             return text
         raise StopIteration
 
-    def _refuse(self, error: Exception) -> None:
-        reason = f"refused by the chat template ({one_line(error)[:80]})"
+    def _refuse(self, reason: str) -> None:
         if reason not in self.n_refused and len(self.n_refused) >= REASONS:
             reason = "refused by the chat template for other reasons"
         self.n_refused[reason] = self.n_refused.get(reason, 0) + 1
@@ -144,7 +156,7 @@ class ChatTexts(Stream):
             return {key: self._mark_literals(item) for key, item in value.items()}
         if not isinstance(value, str):
             return value
-        value = re.sub(f"[{LITERAL}{LITERAL_END}]", "", value)
+        value = MARKS.sub("", value)
         return self._special.sub(rf"{LITERAL}\g<0>{LITERAL_END}", value) if self._special.pattern else value
 
 

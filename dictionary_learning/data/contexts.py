@@ -3,11 +3,10 @@
 import bisect
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .chats import LITERAL, LITERAL_END, ChatTexts, default_system_prompt, special_tokens
+from .chats import LITERAL, ChatTexts, default_system_prompt, pieces_of, special_tokens
 from .documents import CHUNK_CHARACTERS
 from .stream import Stream
 
@@ -227,7 +226,7 @@ class ChatContexts(PackedContexts):
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """The template's special tokens are such; what the conversation writes like one is text."""
-        pieces = [re.split(f"[{LITERAL}{LITERAL_END}]", text) for text in texts]  # every second is literal
+        pieces = [pieces_of(text) for text in texts]  # every second is literal
         own = iter(_ids(self.tokenizer, [piece for text in pieces for piece in text[::2]]))
         literal = iter(self._as_text([piece for text in pieces for piece in text[1::2]]))
         return [[id for i, _ in enumerate(text) for id in next(literal if i % 2 else own)] for text in pieces]

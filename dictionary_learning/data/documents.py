@@ -40,7 +40,7 @@ def _is_text(value: object) -> bool:
 
 def as_text(value: object) -> Checked:
     """A text, or the list of its token ids."""
-    if isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value):
+    if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2**63 for token in value):
         return value, None
     if not _is_text(value):
         return value, "not text"

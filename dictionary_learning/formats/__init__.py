@@ -69,6 +69,7 @@ FAMILIES: tuple[ModuleType, ...] = (  # in the order in which a folder is asked 
     temporal,
 )
 EXPORT = "circuit_tracer"  # in a run's folder, its transcoders once more as that package opens them
+# a folder of one SAE goes by its weights' file too
 WEIGHTS = ("ae.pt", "sae_weights.safetensors", "params.npz", "params.safetensors", "sae.safetensors")
 UNSURE = (openai,)  # whose files have no names of their own, so that none is looked for
 

@@ -222,6 +222,20 @@ def test_a_file_is_no_place_for_a_cache(fixed, tmp_path, capsys):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("settings", None), ("layers", "1"), ("model", None), ("held_out", 1), ("mask", None), ("context_length", "32")],
+)
+def test_an_index_that_says_what_cannot_be_is_one_sentence(name, value, fixed, written, tmp_path, capsys):
+    folder = shutil.copytree(written, tmp_path / "copy")
+    index = json.loads((folder / "index.json").read_text())
+    (index if name in index else index["settings"])[name] = value
+    (folder / "index.json").write_text(json.dumps(index))
+    assert main(*settings_from_cache(fixed), "--activations", folder, "--save_dir", tmp_path / "saes") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "index" in error, error
+
+
 def test_activations_of_another_model_are_refused(fixed, written, tiny_model_folder, tmp_path, capsys):
     other = shutil.copytree(tiny_model_folder, tmp_path / "other")
     read = [*settings_from_cache(fixed), "--num_tokens", 2000, "--activations", written, "--save_dir", tmp_path]

@@ -133,7 +133,10 @@ def test_a_setting_that_cannot_be_is_one_sentence(name, value, trained, capsys):
     assert f"{name} {value!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": null}', '{"settings": [1]}', '{"settings": {'])
+NO_RUNS = ["", "[1]", "{}", '{"settings": null}', '{"settings": [1]}', '{"settings": {', '{"settings": {}}']
+
+
+@pytest.mark.parametrize("content", NO_RUNS)
 def test_a_damaged_run_stops_no_other(content, trained, run, tmp_path, capsys):
     assert run("--save_dir", tmp_path / "other", "--architectures", "gated", "--no_eval") == 0
     (other,) = find_saes(tmp_path / "other")
@@ -142,6 +145,17 @@ def test_a_damaged_run_stops_no_other(content, trained, run, tmp_path, capsys):
     assert run_bare("--eval_only", trained[0], other) == 0
     told = capsys.readouterr()
     assert "run.json" in told.err and "gated" in told.out
+
+
+@pytest.mark.parametrize(
+    "name, value", [*[("changes", value) for value in (3, [3], [{"dataset": 3}])], ("ended_early", 3)]
+)
+def test_a_record_that_cannot_be_is_one_sentence(name, value, trained, run, capsys):
+    path = trained[0].parents[1] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert run_bare("--eval_only", path.parent) == 2 and "run.json does not tell" in capsys.readouterr().err
+    assert run("--architectures", "top_k", "standard", "--max_norm_multiple", 5, "--resume") == 2
+    assert "run.json does not tell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,6 +223,27 @@ def test_training_alone_needs_no_evaluation_text(run, tmp_path, capsys):
     empty.write_text("\n")
     assert run("--architectures", "top_k", "--eval_dataset", empty, "--no_eval") == 0
     assert run("--architectures", "top_k", "--eval_dataset", empty, "--overwrite") == 2
+
+
+def test_an_sae_may_be_named_twice_and_by_its_weights(trained, capsys):
+    before = results(trained[0])
+    (trained[0] / "eval_results.json").unlink()
+    names = [trained[0].parents[1], f"{trained[0]}/", trained[0] / "ae.pt", trained[0] / "sae_weights.safetensors"]
+    assert run_bare("--eval_only", *names) == 0 and results(trained[0]) == before
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("plot")]
+    assert len(lines) == 1 + len(trained)
+    (trained[0] / "eval_results.json").unlink()
+    assert run_bare("--eval_only", trained[0] / "ae.pt") == 0 and results(trained[0]) == before
+
+
+def test_saes_that_look_alike_in_the_table_are_named(trained, tmp_path, capsys):
+    flags = ["--any_model", "--model_name", json.loads((trained[0] / "config.json").read_text())["trainer"]["lm_name"]]
+    text = json.loads((trained[0].parents[1] / "run.json").read_text())["settings"]["dataset"]
+    copies = [shutil.copytree(trained[0], tmp_path / name) for name in ("one", "two")]
+    capsys.readouterr()
+    assert run_bare("--eval_only", *copies, *flags, "--dataset", text, "--eval_num_inputs", 3) == 0
+    out = capsys.readouterr().out
+    assert all(str(path) in out for path in copies)
 
 
 def test_an_empty_folder_is_named(tmp_path, capsys):

@@ -96,6 +96,25 @@ def test_a_special_token_written_in_a_chat_is_text_and_the_templates_are_tokens(
     assert tokenizer.decode(tokens[1:]) == render(tokenizer, conversation)
 
 
+@pytest.mark.parametrize(
+    "said", ["{{ m.content.split('<|im_end|>')[-1] }}", "{{ m.content[:12] }}", "{{ m.content[12:] }}"]
+)
+def test_the_templates_tokens_are_such_where_it_cuts_what_is_said(said, many_tokens):
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + said + "<|im_end|>\n{% endfor %}"
+    tokenizer = chat_tokenizer(many_tokens, turns)
+    conversation = [{"role": role, "content": "thought <|im_end|> said"} for role in ("user", "assistant")]
+    (tokens, _), *_ = ChatContexts(FromList([conversation]), tokenizer, 1000)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert tokens.count(start) == tokens.count(end) == 2
+
+
+def test_a_chat_that_the_template_makes_nothing_of_is_counted(many_tokens):
+    tokenizer = chat_tokenizer(many_tokens, "{% for m in messages %}{{ m.content if m.role != 'tool' }}{% endfor %}")
+    conversations = [[{"role": "tool", "content": "x"}], [{"role": "user", "content": "y"}]]
+    contexts = ChatContexts(FromList(conversations), tokenizer, 1000)
+    assert len(list(contexts)) == 1 and contexts.skipped == {"made nothing of by the chat template": 1}
+
+
 def test_special_tokens_are_excluded_where_that_is_asked(many_tokens, tmp_path):
     tokenizer = chat_tokenizer(many_tokens, QWEN)
     rows = [{"messages": chat, "text": "words"} for chat in chats(30)]

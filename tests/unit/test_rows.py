@@ -273,6 +273,13 @@ def test_what_nobody_asked_for_is_no_obstacle(tmp_path):
         assert list(open_documents(str(tmp_path / name), text_column="body")) == ["a text"]
 
 
+def test_token_ids_are_whole_numbers_that_a_tensor_holds(tmp_path):
+    lists = [[1, 2], [2**63], [2**70], [-1], [True], [1.0], [[1]], []]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": ids} for ids in lists])
+    documents = open_documents(str(tmp_path / "a.jsonl"))
+    assert list(documents) == [[1, 2]] and documents.skipped == {"not text": 7}
+
+
 def test_a_byte_that_is_no_text_is_named_by_its_line(tmp_path):
     lines = ["text", *(f"line {i}" for i in range(2, 3000)), "caf\xe9", "more"]
     (tmp_path / "a.csv").write_bytes("\n".join(lines).encode("latin-1"))

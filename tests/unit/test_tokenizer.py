@@ -200,6 +200,8 @@ IDS = {token: i for i, token in enumerate(VOCABULARY)}
         ({"bos": "<s>", "eos": "</s>", "pad": "<pad>"}, None, [], ("<s>", "</s>", "<pad>")),
         ({"eos": "<|endoftext|>"}, None, [], ("<|endoftext|>",) * 3),
         ({"bos": "<s>"}, None, [], ("<s>",) * 3),
+        ({"cls": "<s>", "sep": "</s>", "pad": "<pad>"}, None, [], ("<s>", "</s>", "<pad>")),
+        ({"pad": "<|endoftext|>"}, None, [], ("<|endoftext|>",) * 3),
         # Qwen3: by pad, by the generation config, by name
         ({"eos": "<|im_end|>", "pad": "<|endoftext|>"}, CHATML, [], ("<|endoftext|>",) * 3),
         ({"eos": "<|im_end|>"}, CHATML, [2, 6], ("<|end_of_text|>",) * 3),
