@@ -162,11 +162,13 @@ def choose_workers(
     batches = {trainer: _random_batch(trainer, batch_size, autocast_dtype) for trainer in trainers}
     seconds: dict[bool, list[float]] = {True: [], False: []}
 
-    def step(trainer: SAETrainer) -> None:
-        for number in range(2):
+    def step(trainer: SAETrainer, first: int = 1, n: int = 2) -> None:
+        for number in range(first, first + n):
             with autocast(trainer.device, autocast_dtype):
                 trainer.update(number, *batches[trainer])
 
+    for trainer in trainers:  # the first step of a run does more than all others
+        step(trainer, 0, 1)
     with workers_pool(n) as pool:
         for i in range(1 + MEASURED_ROUNDS):
             for side_by_side in (True, False):
