@@ -39,6 +39,8 @@ examples:
       --mixed_dataset --use_wandb --hf_repo_id USER/REPO
   python demo.py --model_name ./my-finetune --layers 12 --dataset ./texts --text_column body --epochs 2
       any causal LM and any text, from the Hub or the disk
+  python demo.py --layers 0 1 2 3 --transcoder mlp --skip --circuit_tracer --architectures batch_top_k
+      transcoders of the built-in model's MLPs, for SAELens and circuit-tracer; --sites reads other places of a layer
   torchrun --nproc_per_node 8 demo.py --model_name google/gemma-2-2b --layers 5 12 19
       the same sweep on eight GPUs
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from time import perf_counter
@@ -421,6 +422,8 @@ class ActivationBuffer:
     max_norm_multiple: positions are dropped above this multiple of the median norm of their layer.
     readers: {layer: the ranks that read it}, all of them by default.
     source: where the activations come from, the LLM or, with `cache.CachedSource`, the disk.
+    works_ahead: while batches are served, the next fill is read by a thread and, on CUDA, on a stream of its own, which
+        takes memory for half as many rows again; by default on CUDA, in one process. It changes nothing that is served.
     Raises ValueError where C is smaller than a batch and, at the first fill, where the whole text is; and where more
     than a thousandth of the positions have activations that are not finite. Of fewer it warns, once.
     """
@@ -440,6 +443,7 @@ class ActivationBuffer:
         world: World | None = None,
         readers: Mapping[Place, Sequence[int]] | None = None,
         source: type[ActivationSource] = ActivationSource,
+        works_ahead: bool | None = None,
     ):
         if n_tokens < out_batch_size:
             raise ValueError(f"a buffer of {n_tokens} tokens is smaller than a batch of {out_batch_size}: enlarge it")
@@ -457,6 +461,11 @@ class ActivationBuffer:
             mask=mask,
             max_norm_multiple=max_norm_multiple,
         )
+        alone = self.world.size == 1
+        works_ahead = alone and self.device.type == "cuda" if works_ahead is None else works_ahead
+        assert alone or not works_ahead, "several ranks read in turns"
+        self._reader = ThreadPoolExecutor(1, "ahead") if works_ahead else None
+        self._ahead: Future[list[dict[Place, Tensor]]] | None = None
         self._norm_factors: dict[Place, float] = {}
         self._spreads: dict[Place, float] = {}
         self._means: dict[Place, Tensor] = {}
@@ -476,8 +485,10 @@ class ActivationBuffer:
 
     def __next__(self) -> dict[Place, Tensor]:
         self._fill_first()
-        if self._filling or (self.source.text_is_left and 2 * (self.n_tokens - self._cursor) < self.n_tokens):
+        n_unread = self.n_tokens - self._cursor
+        if self._filling or (self._more_is_left and 2 * n_unread < self.n_tokens):
             self._fill()
+        self._work_ahead()
         rows_B = self._order_C[self._cursor : self._cursor + self.out_batch_size]
         if len(rows_B) == 0:
             raise StopIteration
@@ -568,6 +579,38 @@ class ActivationBuffer:
         """Whether, of the ranks that read a layer and all have the same rows of it, this one says what they are."""
         return self.world.rank == min(self.source.readers[layer])
 
+    @property
+    def _more_is_left(self) -> bool:
+        return self.source.text_is_left or bool(self._surplus) or self._ahead is not None
+
+    def _work_ahead(self) -> None:
+        """Take what the reader has, and have it read on until half a buffer is there for the next fill."""
+        if self._reader is None:
+            return
+        if self._ahead is not None and self._ahead.done() and self._ahead.exception() is None:
+            self._take_ahead()  # an error waits for the fill that needs the rows
+        n_rows = sum(len(x_by_place[self.layers[0]]) for x_by_place in self._surplus)
+        if self._ahead is None and self.source.text_is_left and 2 * n_rows < self.n_tokens:
+            self._ahead = self._reader.submit(self._read_ahead)
+
+    def _read_ahead(self) -> list[dict[Place, Tensor]]:
+        if self.device.type != "cuda":
+            return self.source.read(1)
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
+            batches = self.source.read(1)
+            torch.cuda.current_stream(self.device).synchronize()
+            return batches
+
+    def _take_ahead(self) -> None:
+        """Put what was read ahead, once it is there, where a fill finds it.  Raises what the reading raised."""
+        if self._ahead is None:
+            return
+        ahead, self._ahead = self._ahead, None
+        for x_by_place in ahead.result():
+            for x_ND in x_by_place.values() if self.device.type == "cuda" else ():
+                x_ND.record_stream(torch.cuda.current_stream(self.device))  # it was made on another one
+            self._surplus.append(x_by_place)
+
     def _fill(self) -> None:
         """Write new activations into the free rows until none is left or the text ends; shuffle the unread rows.
 
@@ -575,6 +618,7 @@ class ActivationBuffer:
         """
         is_new, self._filling = self._filling, True
         while self._cursor > 0:
+            self._take_ahead()
             while not self._surplus and self.source.text_is_left:
                 self._surplus.extend(self.source.read(self._cursor))
             if not self._surplus:
@@ -630,6 +674,7 @@ class ActivationBuffer:
         `ActivationSource`: any number of ranks can go on from what all of them give. Of the rows only the unread ones,
         in the order in which they will be served: where in memory they lie changes nothing that comes out.
         """
+        self._take_ahead()
         self._surplus.extend(self.source.drain())
         state = self.source.state_dict()
         unread = self._order_C[self._cursor :].split(self.out_batch_size)

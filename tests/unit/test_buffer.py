@@ -363,3 +363,44 @@ def test_an_error_of_the_text_in_the_middle_of_a_fill_loses_nothing(resume, fail
     assert len(served) == len(straight)
     for one, other in zip(served, straight, strict=True):
         assert all(one[layer].equal(other[layer]) for layer in LAYERS)
+
+
+@pytest.mark.parametrize("most_texts", [3, 1000])
+def test_reading_ahead_changes_nothing_that_is_served(most_texts):
+    for n_texts in (9, 20, 40, 41):
+        plain, ahead = (
+            list(make(Texts(n_texts), TaggingLM(most_texts=most_texts), works_ahead=w)) for w in (False, True)
+        )
+        assert len(plain) == len(ahead) > 2
+        for one, two in zip(plain, ahead, strict=True):
+            assert all(torch.equal(one[layer], two[layer]) for layer in LAYERS)
+
+
+@pytest.mark.parametrize("step", [1, 4, 9, 17])
+@pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True)])
+def test_a_resumed_buffer_that_read_ahead_serves_the_same_bits(step, before, after, tmp_path):
+    straight = list(make(works_ahead=False))
+    buffer = make(works_ahead=before)
+    served = [next(buffer) for _ in range(step)]
+    torch.save(buffer.state_dict(), tmp_path / "state")
+    resumed = make(seed=7, works_ahead=after)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    for rest in (list(buffer), list(resumed)):
+        assert len(served) + len(rest) == len(straight)
+        for one, two in zip(straight, [*served, *rest], strict=True):
+            assert all(torch.equal(one[layer], two[layer]) for layer in LAYERS)
+
+
+def test_an_error_met_ahead_is_raised_where_the_rows_are_needed_and_nothing_is_lost():
+    straight = list(make(works_ahead=False))
+    buffer, served, errors = make(FailingTexts(18), works_ahead=True), [], 0
+    while True:
+        try:
+            served.append(next(buffer))
+        except ConnectionError:
+            errors += 1
+        except StopIteration:
+            break
+    assert errors == 1 and len(served) == len(straight)
+    for one, two in zip(straight, served, strict=True):
+        assert all(torch.equal(one[layer], two[layer]) for layer in LAYERS)
