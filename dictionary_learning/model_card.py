@@ -191,9 +191,8 @@ def _limits(run_folder: Path, run: dict[str, Any], records: list[SAERecord]) -> 
         said = [record.trainer.get("failure"), *record.said.values()]
         limits += [f"{name}: {sentence}" for sentence in said if sentence]
         if ended := record.trainer.get("ended_early"):
-            limits.append(
-                f"{name} was trained on {ended['tokens']:,} of the {ended['asked']:,} tokens asked for: the text ended."
-            )
+            of_all = f", {ended['step']:,} of {ended['steps']:,} steps" if "steps" in ended else ""
+            limits.append(f"{name} was trained on {ended['tokens']:,} tokens{of_all}: the text ended.")
         asked = record.trainer.get("k") or record.trainer.get("target_l0")
         if l0 is None:
             limits.append(f"{name} has no measurements.")

@@ -385,7 +385,11 @@ class Loop:
         if ended:
             self._backup()
             for run in self.runs:
-                run.config["trainer"]["ended_early"] = {"step": self.step, "tokens": self.tokens}
+                run.config["trainer"]["ended_early"] = {
+                    "step": self.step,
+                    "steps": self.steps,
+                    "tokens": self.tokens,
+                }
         self.finish()
         if ended:
             raise TextEndedError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dictionary_learning.formats import find_saes
+from dictionary_learning.model_card import model_card
 
 
 @pytest.fixture
@@ -271,6 +272,8 @@ def test_a_run_that_ends_early_is_finished_marked_and_goes_on(run, tmp_path, cap
         assert json.loads((path / "config.json").read_text())["trainer"]["ended_early"]["step"] > 0
         assert results(path)["l0"] is not None
         before.append(torch.load(path / "ae.pt", weights_only=True))
+    card = model_card(saes[0].parents[1], "alice/saes")
+    assert card is not None and card.count("steps: the text ended.") == len(saes)
     assert run(*flags, "--resume", "--no_eval") == 3  # no more text, so as before
     for path, state in zip(saes, before, strict=True):
         again = torch.load(path / "ae.pt", weights_only=True)

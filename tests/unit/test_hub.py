@@ -327,13 +327,13 @@ def test_the_card_tells_seed_and_learning_rate_where_a_run_has_several(run_folde
 
 
 def test_the_card_tells_what_ended_early_and_what_was_skipped(run_folder):
-    edit_trainer(run_folder / "resid_post_layer_1" / "trainer_2", ended_early={"tokens": 950_000, "asked": 1_000_000})
+    edit_trainer(
+        run_folder / "resid_post_layer_1" / "trainer_2", ended_early={"step": 19, "steps": 20, "tokens": 950_000}
+    )
     record = read_json(run_folder / "run.json")
     write_json(run_folder / "run.json", record | {"skipped": {"empty": 1200, "not text": 34}, "rows": 4200})
     limits, _, training = (model_card(run_folder, "alice/saes") or "").partition("### Training")
-    sentence = (
-        "`resid_post_layer_1/trainer_2` was trained on 950,000 of the 1,000,000 tokens asked for: the text ended."
-    )
+    sentence = "`resid_post_layer_1/trainer_2` was trained on 950,000 tokens, 19 of 20 steps: the text ended."
     assert limits.count(sentence) == 1 and limits.count("the text ended") == 1
     assert "- Rows of the text that were skipped: 1,234 of 4,200 (1,200 empty, 34 not text)\n" in training
     write_json(run_folder / "run.json", record | {"skipped": {}, "rows": 4200})
