@@ -252,17 +252,30 @@ def _mixes(call: _Call, n_texts: int) -> bool:
     by_text = other.view(n_texts, -1, x.shape[-1])
     by_text[:, 0] = by_text[:, 0].flip(-1) + by_text.std()
     before, after = last(x), last(other)
-    return bool((before - after).norm() > 1e-6 * before.norm())
+    # what other tokens are with it in a batch may change how a product is rounded, as that of an expert
+    least = max(1e-5, torch.finfo(call.made.dtype).eps)
+    return bool((before - after).norm() > least * before.norm())
 
 
 def _fits(y_NW: Tensor, parts_NW: list[Tensor], eps: float) -> bool:
     """Whether y is a sum of the parts, each times a number that is not 0: residual multipliers are such numbers, and
-    a part that has another in it leaves nothing for that one."""
+    a part that has another in it leaves nothing for that one.
+
+    Every entry counts by its size beside what it is made of, as rounding does: a few entries of a residual stream may be
+    so large that all else is nothing beside them.
+    """
     if any(part_NW.shape != y_NW.shape for part_NW in parts_NW):
         return False
-    A, y = torch.stack([part_NW.flatten() for part_NW in parts_NW], 1).cpu(), y_NW.flatten().cpu()
-    factors = torch.linalg.lstsq(A, y[:, None]).solution[:, 0]
-    return bool((y - A @ factors).norm() <= max(1e-4, 8 * eps) * y.norm() and factors.abs().min() > LEAST_FACTOR)
+    A, y = torch.stack([part_NW.flatten() for part_NW in parts_NW], 1).cpu(), y_NW.flatten().cpu()[:, None]
+    sizes = (A.abs().sum(1, keepdim=True) + y.abs()).clamp_min(torch.finfo(A.dtype).tiny)
+    A, y, tolerance = A / sizes, y / sizes, max(1e-4, 2 * eps)
+    factors = torch.linalg.lstsq(A, y).solution
+    rounded = tolerance * (A.abs() @ factors.abs()).norm()
+    return bool((y - A @ factors).norm() <= rounded and factors.abs().min() > LEAST_FACTOR)
+
+
+def _is_attention(call: _Call, path: str) -> bool:
+    return bool(re.search("attn|attention", path + type(call.module).__name__, re.I))
 
 
 def _listed(calls: list[_Call]) -> str:
@@ -285,12 +298,13 @@ class Anatomy:
             raise ValueError("it takes no activations of the tokens")
         self.calls, self.whole = calls[:-1], calls[-1]
         self.eps = torch.finfo(self.whole.made.dtype).eps
-        paths = {call.path for call in self.calls}
+        paths = {call.path for call in self.calls if not self._holds_more_than_attention(call)}
         # the outermost modules, whatever containers they stand in
-        self.parts = [call for call in self.calls if not any(call.path.startswith(f"{path}.") for path in paths)]
+        tops = [call for call in self.calls if call.path in paths]
+        self.parts = [call for call in tops if not any(call.path.startswith(f"{path}.") for path in paths)]
         wide = [call for call in self.parts if _has_matrix(call.module)]
         # some attention reads the keys and values of a lower block, so that it mixes nothing of what it is given
-        self.attentions = [c for c in wide if re.search("attn|attention", c.path + type(c.module).__name__, re.I)]
+        self.attentions = [call for call in wide if _is_attention(call, call.path)]
         self.mixers = [call for call in wide if call in self.attentions or _mixes(call, n_texts)]
         self.mlps = [call for call in wide if call not in self.mixers]
 
@@ -325,10 +339,27 @@ class Anatomy:
                     call = later
         return call
 
+    def _inside(self, call: _Call) -> list[_Call]:
+        return [c for c in self.calls if c.path.startswith(f"{call.path}.") and _has_matrix(c.module)]
+
+    def _holds_more_than_attention(self, call: _Call) -> bool:
+        """Whether a module runs one of attention and then more than one matrix, as an output projection would be."""
+        inside, leaves = self._inside(call), self._leaves(call)
+        for inner in inside:
+            if _is_attention(inner, inner.path.removeprefix(f"{call.path}.")) and len(self._leaves(inner)) > 1:
+                later = [leaf for leaf in leaves if leaf.began > inner.began]
+                if len([leaf for leaf in later if not leaf.path.startswith(f"{inner.path}.")]) > 1:
+                    return True
+        return False
+
     def _leaves(self, call: _Call) -> list[_Call]:
         """The matrices in a module, in the order in which they were used."""
-        inside = [c for c in self.calls if c.path.startswith(f"{call.path}.") and _has_matrix(c.module)]
+        inside = self._inside(call)
         return [c for c in inside if not any(other.path.startswith(f"{c.path}.") for other in inside)] or [call]
+
+    def _others(self) -> list[_Call]:
+        """What mixes positions beside attention and is added to the residual stream with it."""
+        return [self._after(call) for call in self.mixers if call not in self.attentions]
 
     def _added(self) -> tuple[_Call | None, _Call | None, _Call | None]:
         """What attention and MLP add to the residual stream: the modules out of which it comes.
@@ -340,7 +371,7 @@ class Anatomy:
         def ends(calls: list[_Call]) -> list[_Call | None]:
             return [end for call in calls for end in (self._after(call), self._leaves(call)[-1])] or [None]
 
-        others = [self._after(call) for call in self.mixers if call not in self.attentions]
+        others = self._others()
         last, first = self.mlps[-1:], self.mlps[:1]
         beside = [call for call in last if torch.equal(call.given_NW, first[0].given_NW)]  # it is one of several MLPs
         ways = product(ends(self.attentions[:1]), [(mlp, None) for mlp in ends(last)])
@@ -386,10 +417,11 @@ class Anatomy:
     def _resid_mid(self) -> Point:
         attention, (added, mlp, extra) = self._attention(), self._added()
         assert added is not None
+        mixed_NW = [call.made_NW for call in (added, *self._others())]
         if mlp is not None:
             for call in self.parts:
                 behind = call.began > attention.began and call.given is not added.made and call.given is not call.made
-                if behind and _fits(call.given_NW, [self.whole.given_NW, added.made_NW], self.eps):
+                if behind and _fits(call.given_NW, [self.whole.given_NW, *mixed_NW], self.eps):
                     point = Point(call.module, "input", call.given.shape[-1], shared=True)
                     if self._is_the_stream(point, [call.path for call in (mlp, extra) if call is not None]):
                         return point

@@ -257,6 +257,75 @@ def test_a_layer_without_attention_says_what_it_has(tokenizer, tmp_path):
         assert torch.equal(lm.run_from(place, x_by_place[place], tokens_BL, mask_BL), logits)
 
 
+@pytest.fixture
+def loaded(tokenizer, tmp_path):
+    """A random model of a family, loaded; `change` what is saved of it."""
+    from transformers import AutoModelForCausalLM
+
+    def load(model_type, dtype=torch.float32, change=lambda model: None):
+        model = made_random(AutoModelForCausalLM.from_config(next(iter(variants(model_type)))[1]))
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        return load_model(str(tmp_path), dtype=dtype)
+
+    return load
+
+
+def test_a_module_that_holds_attention_and_an_mlp_is_looked_into(loaded):
+    lm = loaded("zamba2")
+    shared = lm.layers[1].shared_transformer
+    assert lm.point(Tap(1, "attn_z")).module is shared.self_attn.o_proj
+    for site in ("attn_out", "mlp_in", "mlp_out"):  # of its MLP and what is behind it, none is that of the block
+        with pytest.raises(ValueError, match="it returns no sum of what it is given, its attention and its MLP"):
+            lm.point(Tap(1, site))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixer_beside_attention_is_added_before_the_mlp(loaded, dtype):
+    lm = loaded("falcon_h1", dtype)
+    tokens_BL = torch.randint(5, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask_BL = torch.ones_like(tokens_BL)
+    seen = []
+    norm = lm.layers[LAYER].pre_ff_layernorm
+    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    logits, x_by_place = lm.run(tokens_BL, mask_BL, [place := Tap(LAYER, "resid_mid")])
+    handle.remove()
+    assert torch.equal(x_by_place[place], seen[-1])
+    assert torch.equal(lm.run_from(place, seen[-1], tokens_BL, mask_BL), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_whose_rounding_depends_on_the_batch_are_an_mlp(loaded, dtype):
+    lm = loaded("gpt_oss", dtype)
+    for layer in range(lm.n_layers):
+        own = lm.layers[layer].mlp.forward
+
+        def rounded(x, *more, own=own):
+            up = torch.finfo(x.dtype).eps if x[0, 0, 0] > x[0, 0, -1] else 0
+            made, *others = own(x, *more)
+            made = made.clone()
+            made[..., 0] *= 1 + up  # the last bit of one entry of many
+            return made, *others
+
+        lm.layers[layer].mlp.forward = rounded
+        assert lm.point(Tap(layer, "mlp_in")).module is lm.layers[layer].mlp
+        assert lm.point(Tap(layer, "mlp_out")).module is lm.layers[layer].mlp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_huge_entries_of_the_residual_stream_hide_no_part(loaded, dtype):
+    """Gemma 4 adds a part of the embedding behind the MLP, which alone would do if rounding could hide the MLP."""
+
+    def enlarge(model):
+        model.get_input_embeddings().weight[:, 0] = 1e4
+
+    block = (lm := loaded("gemma4_text", dtype, enlarge)).layers[LAYER]
+    assert lm.point(Tap(LAYER, "mlp_out")).module is block.post_feedforward_layernorm
+    assert lm.point(Tap(LAYER, "resid_mid")).module is block.pre_feedforward_layernorm
+
+
 def test_names_and_words():
     assert place_at(3) == 3 and place_at(3, "resid_post") == 3 and place_at(3, "mlp_out") == Tap(3, "mlp_out")
     assert name_of(3) == "resid_post_layer_3" and words_of(3) == "layer 3"
