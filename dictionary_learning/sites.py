@@ -261,8 +261,8 @@ def _fits(y_NW: Tensor, parts_NW: list[Tensor], eps: float) -> bool:
     """Whether y is a sum of the parts, each times a number that is not 0: residual multipliers are such numbers, and
     a part that has another in it leaves nothing for that one.
 
-    Every entry counts by its size beside what it is made of, as rounding does: a few entries of a residual stream may be
-    so large that all else is nothing beside them.
+    Every entry counts by its size beside what it is made of, as rounding does: a few entries of a residual stream may
+    be so large that all else is nothing beside them.
     """
     if any(part_NW.shape != y_NW.shape for part_NW in parts_NW):
         return False
