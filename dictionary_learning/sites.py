@@ -297,6 +297,9 @@ class Anatomy:
         if not calls or calls[-1].path:
             raise ValueError("it takes no activations of the tokens")
         self.calls, self.whole = calls[:-1], calls[-1]
+        if not self.whole.made_NW.isfinite().all():
+            dtype = str(self.whole.made.dtype).removeprefix("torch.")
+            raise ValueError(f"what it computes in {dtype} is not finite, so that its parts cannot be told")
         self.eps = torch.finfo(self.whole.made.dtype).eps
         paths = {call.path for call in self.calls if not self._holds_more_than_attention(call)}
         # the outermost modules, whatever containers they stand in

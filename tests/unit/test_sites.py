@@ -326,6 +326,18 @@ def test_a_few_huge_entries_of_the_residual_stream_hide_no_part(loaded, dtype):
     assert lm.point(Tap(LAYER, "resid_mid")).module is block.pre_feedforward_layernorm
 
 
+def test_activations_that_overflow_are_one_sentence(loaded):
+    def enlarge(model):
+        model.get_input_embeddings().weight[:, 0] = 6e4
+        for block in model.model.layers:
+            block.post_attention_layernorm.weight[0] = 6e4
+
+    lm = loaded("olmo2", torch.float16, enlarge)
+    for site in ("attn_out", "resid_mid", "mlp_in"):
+        with pytest.raises(ValueError, match="what it computes in float16 is not finite, so that its parts cannot be"):
+            lm.point(Tap(LAYER, site))
+
+
 def test_names_and_words():
     assert place_at(3) == 3 and place_at(3, "resid_post") == 3 and place_at(3, "mlp_out") == Tap(3, "mlp_out")
     assert name_of(3) == "resid_post_layer_3" and words_of(3) == "layer 3"
