@@ -312,10 +312,10 @@ def site_faults(folder: str, model: Any, base_folder: str | None) -> Iterator[st
         x = {site: x_by_place[place] for site, place in places.items()}
         outs = [x[site] for site in ("attn_out", "mlp_out") if site in x]
         # some blocks add the output of a state-space mixer too, or a part of the embedding
-        alone = len(lm._anatomies[layer].mixers) == 1 == len(lm._anatomies[layer].mlps)
-        if len(outs) == 2 and alone and not in_span(x["resid_post"], x["resid_pre"], *outs):
+        one_mixer, one_mlp = (len(calls) == 1 for calls in (lm._anatomies[layer].mixers, lm._anatomies[layer].mlps))
+        if len(outs) == 2 and one_mixer and one_mlp and not in_span(x["resid_post"], x["resid_pre"], *outs):
             yield f"layer {layer}: its parts do not add up"
-        if "resid_mid" in x and not in_span(x["resid_mid"], x["resid_pre"], x["attn_out"]):
+        if "resid_mid" in x and one_mixer and not in_span(x["resid_mid"], x["resid_pre"], x["attn_out"]):
             yield f"layer {layer}: resid_mid is not what attention adds up to"
         below = x_by_place.get(layer - 1)
         cut = load_model(folder, last_layer=layer).activations(tokens_BL, mask_BL, list(places.values()))
