@@ -115,7 +115,7 @@ def text_marks(tokenizer: Any, eos_ids: Iterable[int] = ()) -> TextMarks:
     """
     bos_id, eos_id, pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if bos_id is None and eos_id is None:  # BERT has other names for them
-        bos_id, eos_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        bos_id, eos_id = (getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep"))
     template = getattr(tokenizer, "chat_template", None)
     candidates = [eos_id]
     if template:

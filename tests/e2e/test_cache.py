@@ -189,7 +189,7 @@ def test_too_little_disk_is_told_before_anything_is_loaded(fixed, tmp_path, caps
     "flags, sentence",
     [
         (["--num_tokens", "4000"], "holds 2,468 activations of each layer, the run asks for 4,000: ask for fewer"),
-        (["--layers", "1", "2"], r"they are of the layers \[1, 3\], not of \[2\]"),
+        (["--layers", "1", "2"], "they are of layer 1, layer 3, not of layer 2"),
         (["--context_length", "16"], "they are of context_length 32, not 16"),
         (["--no-mask"], "they are of mask True, not False"),
         (["--cache", "x"], "give one of the two"),

@@ -96,9 +96,9 @@ def test_pages_are_written_of_folders_and_of_files(foreign, text_file, tiny_mode
 
 
 def test_what_a_page_cannot_be_made_of_is_told(foreign, tmp_path, capsys):
-    path = tmp_path / "google" / "gemma-scope-2b-pt-mlp" / "layer_1" / "width_16k" / "average_l0_4"
+    path = tmp_path / "google" / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6"
     shutil.copytree(foreign["Gemma Scope"], path)
-    for name, sentence in ((path, "it reads mlp_out, and only SAEs of block outputs"), ("nowhere", "does not exist")):
+    for name, sentence in ((path, "it reads embed, which is no place in a layer"), ("nowhere", "does not exist")):
         assert report([str(name), "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: there is no SAE to report on in {name}: ") and error.count("\n") == 1

@@ -303,7 +303,7 @@ def test_dtype_and_bos_and_pad(tiny_model_folder, tokenizer):
     lm = LanguageModel(Model(), SimpleNamespace(**names), "a model")
     assert (lm.bos_id, lm.pad_id) == (5, 7)
     with pytest.raises(ValueError, match="no eos token"):
-        LanguageModel(Model(), SimpleNamespace(**names | {"eos_token_id": None}), "a model")
+        LanguageModel(Model(), SimpleNamespace(**names | {"eos_token_id": None, "pad_token_id": None}), "a model")
 
 
 @pytest.mark.parametrize("last_layer", [None, 0])
