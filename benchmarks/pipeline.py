@@ -248,7 +248,8 @@ def reference(work: dict[str, Any]) -> None:
     buffer.text_batch = contest.timed(buffer.text_batch, clock, "text")
     tokenizer_class = type(model.tokenizer)
     tokenizer_class.__call__ = contest.timed(tokenizer_class.__call__, clock, "text")
-    unknown = ("dead_feature_threshold", "k_anneal_steps")  # of ours alone, and here at the reference's value
+    # of ours alone, and here at the reference's value
+    unknown = ("dead_feature_threshold", "k_anneal_steps", "site", "site_out")
     configs = [{name: value for name, value in config.items() if name not in unknown} for config in work["configs"]]
     for config in configs:
         config["trainer"] = getattr(import_module(config.pop("module")), config["trainer"])
