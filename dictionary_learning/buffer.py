@@ -596,7 +596,7 @@ class ActivationBuffer:
     def _read_ahead(self) -> list[dict[Place, Tensor]]:
         if self.device.type != "cuda":
             return self.source.read(1)
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             batches = self.source.read(1)
             torch.cuda.current_stream(self.device).synchronize()
             return batches

@@ -174,7 +174,6 @@ def test_what_is_written_at_a_site_is_what_the_rest_of_the_model_reads(family):
         if site != "resid_mid":  # of which a hook on the norm changes only what the norm reads
             assert torch.equal(logits, by_plain_hooks(family.whole, family.text, family.modules, (site, x))[1]), site
             continue
-        written, _ = by_plain_hooks(family.whole, family.text, family.modules)
         attention = x - x_by_place[Tap(LAYER, "resid_pre")]
         expected = by_plain_hooks(family.whole, family.text, family.modules, ("attn_out", attention))[1]
         assert torch.allclose(logits, expected, atol=1e-3, rtol=1e-3)

@@ -108,12 +108,10 @@ def test_folding_norm_factors_and_means_changes_nothing(pairs, tmp_path, name, c
     """f of the saved transcoder is norm_out times f of the trained one, y is norm_out times its y plus the mean."""
     [run] = trained([config(name, **TARGET, skip=True)], pairs, tmp_path, center)
     x_BD = torch.cat([pair[0] for pair in pairs])
-    before, [again] = copy.deepcopy(run.trainer.ae), [run]
-    saved = load_dictionary(run.folder)[0]
-    # the trainer's own SAE was folded in place when it was written
-    assert torch.allclose(saved(x_BD), before(x_BD), atol=1e-4)
-    factor_in, factor_out = (again.config["trainer"][key] for key in ("norm_factor", "norm_factor_out"))
-    unfolded = copy.deepcopy(before)
+    saved = run.trainer.ae  # folded in place when it was written
+    assert torch.allclose(load_dictionary(run.folder)[0](x_BD), saved(x_BD), atol=1e-4)
+    factor_in, factor_out = (run.config["trainer"][key] for key in ("norm_factor", "norm_factor_out"))
+    unfolded = copy.deepcopy(saved)
     if center:
         means = [torch.cat(part).mean(0) for part in zip(*pairs, strict=True)]
         unfolded.shift(-means[0], -means[1])
@@ -121,8 +119,8 @@ def test_folding_norm_factors_and_means_changes_nothing(pairs, tmp_path, name, c
         means = [torch.zeros(D), torch.zeros(E)]
     unfolded.scale(1 / factor_in, 1 / factor_out)
     x_n_BD = (x_BD - means[0]) / factor_in
-    assert torch.allclose(unfolded(x_n_BD) * factor_out + means[1], before(x_BD), atol=1e-4)
-    norm_F = before.decoder_FD.norm(dim=1)
+    assert torch.allclose(unfolded(x_n_BD) * factor_out + means[1], saved(x_BD), atol=1e-4)
+    norm_F = saved.decoder_FD.norm(dim=1)
     if name not in ("StandardTrainerAprilUpdate",):
         assert torch.allclose(norm_F, torch.ones(F), atol=1e-3), "decoder directions keep their norms"
 
