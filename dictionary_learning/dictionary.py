@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -510,9 +511,7 @@ class TopKDictionary(Dictionary):
     def keep_largest(self, post_relu_BF: Tensor) -> Tensor:
         """All but the selected entries set to zero."""
         n_tokens = post_relu_BF[..., 0].numel()
-        flat_N = post_relu_BF.flatten()
-        top = flat_N.topk(int(self.k) * n_tokens, sorted=False)
-        return torch.zeros_like(flat_N).scatter(0, top.indices, top.values).view_as(post_relu_BF)
+        return _keep_largest(post_relu_BF.flatten(), int(self.k) * n_tokens).view_as(post_relu_BF)
 
     def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
         return self._with_skip(linear(f_BF, self.decoder_FD.T) + self.b_dec, x_BD)
@@ -522,6 +521,19 @@ class TopKDictionary(Dictionary):
         """As the base, the threshold included once it is recorded."""
         super().scale_biases(scale)
         self.threshold.copy_(torch.where(self.threshold >= 0, self.threshold * scale, self.threshold))
+
+
+def _keep_largest(post_relu: Tensor, k: int) -> Tensor:
+    """All but the k largest along the last dimension set to zero."""
+    if post_relu.device.type == "cpu" and post_relu.dtype == torch.float32 and post_relu.numel() > 0:
+        # numpy's partition takes an eighth of the time of torch's topk
+        column = post_relu.shape[-1] - k
+        kth = np.partition(post_relu.detach().numpy(), column)[..., column : column + 1]
+        kept = torch.where(post_relu < torch.from_numpy(kth), 0, post_relu)
+        if torch.count_nonzero(kept, dim=-1).max() <= k:  # nothing but ties, or NaN, makes more than k reach the k-th
+            return kept
+    top = post_relu.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(post_relu).scatter(-1, top.indices, top.values)
 
 
 class BatchTopKSAE(TopKDictionary):
@@ -563,8 +575,7 @@ class AutoEncoderTopK(BatchTopKSAE):
     """
 
     def keep_largest(self, post_relu_BF: Tensor) -> Tensor:
-        top = post_relu_BF.topk(int(self.k), dim=-1, sorted=False)
-        return torch.zeros_like(post_relu_BF).scatter(-1, top.indices, top.values)
+        return _keep_largest(post_relu_BF, int(self.k))
 
 
 class MatryoshkaBatchTopKSAE(MatrixDictionary, TopKDictionary):

@@ -122,21 +122,24 @@ class Metrics:
         # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
         active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
         error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self.centre_E.to(wide)
-        norm_N, norm_hat_N, dot_N = x_ND.norm(dim=1), x_hat_ND.norm(dim=1), (x_ND * x_hat_ND).sum(1)
+        norm_N, norm_hat_N, error_N = (
+            torch.linalg.vector_norm(part_ND, dim=1) for part_ND in (x_ND, x_hat_ND, error_ND)
+        )
+        dot_N = torch.linalg.vecdot(x_ND, x_hat_ND)
         tiny = torch.finfo(wide).tiny
         quantities_N = {
             "tokens": torch.ones_like(norm_N),
             "l0": active_NF.sum(1),
-            "l1_loss": f_NF.sum(1, dtype=wide),
-            "l2_loss": error_ND.norm(dim=1),
+            "l1_loss": f_NF.sum(1),  # in its own dtype: a float64 copy of it would take as long as all the rest here
+            "l2_loss": error_N,
             # zero vectors: a token with x = 0 is left out of these two, one with x_hat = 0 has cosine 0
             "nonzero": norm_N > 0,
             "cossim": dot_N / (norm_N * norm_hat_N).clamp(min=tiny),
             "l2_ratio": torch.where(norm_N > 0, norm_hat_N / norm_N.clamp(min=tiny), 0),
             "x_hat_sq": norm_hat_N**2,
             "dot": dot_N,
-            "error_sq": (error_ND**2).sum(1),
-            "centred_sq": (centred_ND**2).sum(1),
+            "error_sq": error_N**2,
+            "centred_sq": torch.linalg.vecdot(centred_ND, centred_ND),
         }
         self.ratios.add(samples, **quantities_N)
         self.n_tokens += len(x_ND)

@@ -78,6 +78,35 @@ def test_top_k_modes(name, x_BD):
     assert sae.encode(x_BD[None], use_threshold=False)[0].equal(exact_BF)
 
 
+@pytest.mark.parametrize("rows", ["random", "ties", "few positive", "nan"])
+@pytest.mark.parametrize("name", ["AutoEncoderTopK", "BatchTopKSAE"])
+def test_exact_top_k_is_that_of_torch(name, rows):
+    """Whatever way it is found: as many as torch's topk keeps, of the same values, with its gradient."""
+    sae, generator = make(name), torch.Generator().manual_seed(0)
+    post_relu_BF = torch.relu(torch.randn(B, F, generator=generator))
+    if rows == "ties":  # the third largest of every token, and as many as k B of the batch, several times
+        post_relu_BF = post_relu_BF.round()
+    if rows == "few positive":
+        post_relu_BF[:, 1:] = 0
+    if rows == "nan":
+        post_relu_BF[2, 5] = torch.nan
+    post_relu_BF.requires_grad_()
+    kept_BF = sae.select(post_relu_BF, use_threshold=False)
+    by_row = kept_BF if name == "AutoEncoderTopK" else kept_BF.flatten()
+    all_rows = post_relu_BF if name == "AutoEncoderTopK" else post_relu_BF.flatten()
+    k = 3 if name == "AutoEncoderTopK" else 3 * B
+    torch.testing.assert_close(
+        by_row.sort(-1, descending=True).values[..., :k],
+        all_rows.topk(k, dim=-1).values,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    assert ((by_row != 0).sum(-1) <= k).all()
+    (grad_BF,) = torch.autograd.grad(kept_BF.sum(), post_relu_BF)
+    assert grad_BF[kept_BF > 0].eq(1).all() and not grad_BF[(kept_BF == 0) & (post_relu_BF > 0)].any()
+
+
 def test_fewer_active_groups_use_the_first_latents_only(x_BD):
     sae = make("MatryoshkaBatchTopKSAE")
     whole_BF = sae.encode(x_BD)
