@@ -525,15 +525,29 @@ class TopKDictionary(Dictionary):
 
 def _keep_largest(post_relu: Tensor, k: int) -> Tensor:
     """All but the k largest along the last dimension set to zero."""
-    if post_relu.device.type == "cpu" and post_relu.dtype == torch.float32 and post_relu.numel() > 0:
+    values = _as_numpy(post_relu) if post_relu.numel() > 0 else None
+    if values is not None:
         # numpy's partition takes an eighth of the time of torch's topk
         column = post_relu.shape[-1] - k
-        kth = np.partition(post_relu.detach().numpy(), column)[..., column : column + 1]
+        kth = np.partition(values, column)[..., column : column + 1]
         kept = torch.where(post_relu < torch.from_numpy(kth), 0, post_relu)
         if torch.count_nonzero(kept, dim=-1).max() <= k:  # nothing but ties, or NaN, makes more than k reach the k-th
             return kept
     top = post_relu.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(post_relu).scatter(-1, top.indices, top.values)
+
+
+def _as_numpy(x: Tensor) -> np.ndarray | None:
+    """The values of a float32 tensor of the CPU; None where there are none to see, as inside `torch.func.vmap`.
+
+    `torch.jit.trace` would keep them as constants.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.jit.is_tracing():
+        return None
+    try:
+        return x.detach().numpy()
+    except RuntimeError:
+        return None
 
 
 class BatchTopKSAE(TopKDictionary):

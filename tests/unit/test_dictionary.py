@@ -107,6 +107,24 @@ def test_exact_top_k_is_that_of_torch(name, rows):
     assert grad_BF[kept_BF > 0].eq(1).all() and not grad_BF[(kept_BF == 0) & (post_relu_BF > 0)].any()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch deprecates tracing
+@pytest.mark.parametrize("name", ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_exact_top_k_can_be_transformed(name, x_BD):
+    """By torch.func, where tensors have no values to see, and by torch.jit.trace, which must not keep those it sees."""
+    sae = make(name).requires_grad_(False)
+
+    def encode(x_BD):
+        return sae.encode(x_BD, use_threshold=False)
+
+    batches_SBD = torch.stack([x_BD, 2 * x_BD.flip(0)])
+    expected_SBF = torch.stack([encode(batch_BD) for batch_BD in batches_SBD])
+    torch.testing.assert_close(torch.func.vmap(encode)(batches_SBD), expected_SBF)
+    (grad_BD,) = torch.autograd.grad(encode(x_BD.requires_grad_()).sum(), x_BD)
+    torch.testing.assert_close(torch.func.grad(lambda x_BD: encode(x_BD).sum())(x_BD.detach()), grad_BD)
+    traced = torch.jit.trace(encode, (batches_SBD[0],), check_trace=False)
+    torch.testing.assert_close(traced(batches_SBD[1]), expected_SBF[1])
+
+
 def test_fewer_active_groups_use_the_first_latents_only(x_BD):
     sae = make("MatryoshkaBatchTopKSAE")
     whole_BF = sae.encode(x_BD)
