@@ -18,6 +18,7 @@ from .model import (
     ModelShape,
     check_context,
     load_tokenizer,
+    model_identity,
     model_shape,
     needs_extra,
     resolve_device,
@@ -52,6 +53,7 @@ class Plan(Reading):
     configs: list[dict[str, Any]]  # of all places, in order
     defaults: Mapping[str, Any]  # of all settings
     starts: list[str]  # what each SAE starts from; empty: from random weights
+    of_starts: list[str]  # what is to be said of these
     lm: LanguageModel | None = None  # up to the deepest layer, where it had to be asked for its places
 
     @property
@@ -173,6 +175,9 @@ def make_plan(
             f"--buffer_tokens {sweep.buffer_tokens:,} must hold at least two batches of --sae_batch_size "
             f"{sweep.sae_batch_size:,}."
         )
+    starts, of_starts = [], []
+    if options.init_from:
+        starts, of_starts = find_starts(options.init_from, configs, model_identity(name, options.revision))
     record = run_folder(options) / "run.json"
     plan = Plan(
         recorded=recorded_settings(record) if options.resume and record.is_file() else {},
@@ -195,7 +200,8 @@ def make_plan(
         rows=rows,
         configs=configs,
         defaults=defaults,
-        starts=find_starts(options.init_from, configs) if options.init_from else [],
+        starts=starts,
+        of_starts=of_starts,
     )
     if options.activations:
         check_activations(plan, options.activations)
@@ -404,6 +410,7 @@ def describe(plan: Plan) -> str:
             else []
         ),
         *([f"the SAEs start from {plan.options.init_from}"] if plan.starts else []),
+        *plan.of_starts,
         *([f"activations: read from {plan.options.activations}"] if plan.options.activations else []),
         *([f"{plan.world.size} processes share the SAEs and the text"] if plan.world.size > 1 else []),
     ]

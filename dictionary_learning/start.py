@@ -7,17 +7,22 @@ from typing import Any
 
 from .dictionary import Dictionary, GeneralSAE, JumpReluAutoEncoder
 from .formats import find_saes, load_dictionary
+from .pretrained import same_model
 from .sites import route_of, words_of
 
 # What tells the SAEs of one layer, width and architecture from each other, in the order in which it is asked.
 APART = ("trainer_class", "k", "target_l0", "l1_penalty", "initial_sparsity_penalty", "lr", "seed")
 
 
-def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def find_starts(
+    name: str, configs: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
     """What each SAE of a grid starts from: the SAE of this name, or, of those in a run folder, the one that matches it.
+    And a sentence for each that is of another place or language model than what it starts.
 
     name: as `load_dictionary` takes it, or a folder of several SAEs. configs: the keywords of the trainers, and
-    `trainer`, the class. ValueError where an SAE of the grid has none that fits, or several that fit as well.
+    `trainer`, the class. identity: of the language model (`pretrained.model_identity`). ValueError where an SAE of the
+    grid has none that fits, or several that fit as well.
     """
     saes = [str(path) for path in find_saes(name)] if Path(name).is_dir() else []
     if len(saes) < 2:
@@ -25,9 +30,26 @@ def find_starts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
         for one in configs:
             if (mismatch := _mismatch(ae, config["trainer"], one)) is not None:
                 raise ValueError(f"--init_from {name} {mismatch}.")
-        return [saes[0] if saes else name] * len(configs)
+        path = saes[0] if saes else name
+        return [path] * len(configs), _of_elsewhere(path, config["trainer"], configs, identity)
     known = [(path, *_facts(path)) for path in saes]
-    return [_match(name, known, one) for one in configs]
+    starts = [_match(name, known, one) for one in configs]
+    trainers = {path: trainer for path, _, trainer in known if path in starts}
+    return starts, [note for path in trainers for note in _of_elsewhere(path, trainers[path], [], identity)]
+
+
+def _of_elsewhere(
+    path: str, trainer: Mapping[str, Any], configs: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]
+) -> list[str]:
+    """What to say of an SAE that starts these of a grid and is of another place or language model."""
+    notes, lm_name, theirs = [], trainer.get("lm_name"), trainer.get("lm_identity")
+    with suppress(ValueError):  # it says no place
+        own = route_of(trainer)
+        if others := list(dict.fromkeys(words_of(*route) for route in map(route_of, configs) if route != own)):
+            notes.append(f"{path} is of {words_of(*own)}, and starts what is trained on {', '.join(others)}")
+    if lm_name and not (same_model(theirs, identity) if theirs else lm_name == identity.get("id")):
+        notes.append(f"{path} is of {lm_name}, which is not known to be the language model of this run")
+    return notes
 
 
 def load_start(path: str) -> Dictionary:

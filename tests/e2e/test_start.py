@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import demo
 from demo_config import ARCHITECTURES
@@ -54,6 +55,23 @@ def test_one_sae_is_the_start_of_a_whole_grid(trained, run, tmp_path):
         start = torch.load(new / "checkpoints" / "ae_0.pt", weights_only=True)
         torch.testing.assert_close(start["encoder.weight"], load_dictionary(one)[0].encoder_FD.detach())
         assert int(start["k"]) in (3, 6)  # its own
+
+
+def test_a_start_of_another_place_or_model_is_told(trained, tiny_model_folder, run, tmp_path, capsys):
+    one = next(path for path in find_saes(trained) if "Batch" in (path / "config.json").read_text())
+    flags = ["--architectures", "batch_top_k", "--num_tokens", 1500, "--dry_run", "--init_from", one]
+    capsys.readouterr()
+    assert run(*flags, "--layers", 1) == 0 and str(one) + " is of" not in capsys.readouterr().out
+    assert run(*flags, "--layers", 1, 2, "--sites", "resid_post", "mlp_out") == 0
+    sentence = f"{one} is of layer 1, and starts what is trained on layer 2, mlp_out of layer 1, mlp_out of layer 2\n"
+    assert sentence in capsys.readouterr().out
+    other = shutil.copytree(tiny_model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    for start in (one, run_of(trained)):
+        assert run(*flags[:-1], start, "--layers", 1, "--model_name", other) == 0
+        sentence = f"{one} is of {tiny_model_folder}, which is not known to be the language model of this run\n"
+        assert sentence in capsys.readouterr().out
 
 
 def test_the_start_changes_nothing_else_and_survives_a_stop(trained, run, tmp_path, monkeypatch):

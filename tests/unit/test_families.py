@@ -403,7 +403,7 @@ def test_a_converted_transcoder_is_one_to_saelens_too(tmp_path, x_BD):
 
 
 def starts_of(path: Path, trainer: type) -> list[str]:
-    return find_starts(str(path), [{"activation_dim": D, "dict_size": F, "layer": 3, "trainer": trainer}])
+    return find_starts(str(path), [{"activation_dim": D, "dict_size": F, "layer": 3, "trainer": trainer}], {})[0]
 
 
 def test_what_one_of_our_classes_computes_can_be_a_start(tmp_path, x_BD):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sweep": "sites trainers",
     "formats": "dictionary files network",
     "utils": "formats",
-    "start": "dictionary formats sites",
+    "start": "dictionary formats pretrained sites",
     "state": "files world",
     "buffer": "data sites world",
     "cache": "buffer files pretrained sites",
