@@ -119,6 +119,7 @@ class Metrics:
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
         if self.centre_E is None:
             self.centre_E = x_ND.mean(0)
+        f_NF = f_NF.float() if f_NF.dtype in (torch.bfloat16, torch.float16) else f_NF  # their sums are rounded
         # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
         active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
         error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self.centre_E.to(wide)

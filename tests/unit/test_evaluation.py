@@ -150,6 +150,18 @@ def test_metrics_equal_their_formulas_on_whole_tensors():
     assert results["l1_loss"] == pytest.approx(float(f_NF.sum(1).mean()), rel=1e-7)  # added up in float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_of_half_precision_are_counted_exactly(dtype):
+    generator = torch.Generator().manual_seed(0)
+    f_NF = torch.relu(torch.randn(600, 700, generator=generator) * 200).to(dtype)  # float16 sums overflow
+    metrics = Metrics()
+    metrics.update(torch.randn(600, 4, generator=generator), torch.zeros(600, 4), f_NF)
+    results, density_F = metrics.compute(), metrics.density_F()
+    assert results["l0"] == pytest.approx(float((f_NF > 0).sum(1).double().mean()), rel=1e-9)
+    assert results["l1_loss"] == pytest.approx(float(f_NF.double().sum(1).mean()), rel=1e-6)
+    assert density_F is not None and density_F.equal((f_NF > 0).double().mean(0).float())
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_metrics_do_not_depend_on_the_batch_size(batch_size):
     assert sums(*random_reconstruction(), batch_size=batch_size) == pytest.approx(
