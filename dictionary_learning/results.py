@@ -40,11 +40,11 @@ class Named(NamedTuple):
 def find_named(name: str, save_dir: Path) -> list[Named]:
     """The SAEs that a folder, a file or a name on the Hub stands for; ValueError for a folder without any.
 
-    The results of one that is no local folder go below `save_dir`.
+    The results of one that is no local folder go below `save_dir`, by its whole path: no two SAEs share a folder.
     """
 
     def one(path: Path, name: str) -> Named:
-        elsewhere = save_dir / "evaluated" / name.strip("./").replace("/", "_")
+        elsewhere = save_dir / "evaluated" / (str(path.resolve()) if path.exists() else name).strip("/")
         record = run_record(path) if path.exists() else None
         return Named(name, path if path.is_dir() else elsewhere, record)
 
@@ -122,7 +122,8 @@ def evaluate(
         same are evaluated together.
     Every rank takes a share of the SAEs. What stops one is told, and stops no other; ValueError where none is left.
     """
-    saes = list({named.name: named for named in saes}.values())  # one that was named twice is evaluated once
+    by_folder = {named.folder.resolve(): named for named in reversed(saes)}  # one that was named twice counts once
+    saes = list(reversed(by_folder.values()))
     share = saes[len(saes) * world.rank // world.size : len(saes) * (world.rank + 1) // world.size]
     groups: dict[str, list[Subject]] = {}
     failures: dict[str, str] = {}

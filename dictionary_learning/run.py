@@ -528,8 +528,7 @@ def evaluate_only(
         return readings.setdefault(json.dumps(recorded, sort_keys=True), new)
 
     names = options.eval_only or [str(run_folder(options))]
-    found = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
-    saes = list({sae.name: sae for sae in found}.values())  # some may be named twice
+    saes = world.together(lambda: [sae for name in names for sae in find_named(name, Path(options.save_dir))])
     measured = evaluate(saes, reading, rows, world)
     for folder in filter(Path.is_dir, map(Path, names)) if world.rank == 0 else ():
         if any(one.path.name == RESULTS and one.path.is_relative_to(folder) for one in measured.values()):

@@ -81,15 +81,29 @@ def test_an_sae_that_is_named_twice_is_evaluated_once(foreign, asked, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("1 ")]) == 1
 
 
+def test_files_of_like_names_have_results_of_their_own(foreign, asked, tmp_path, monkeypatch, capsys):
+    """However they are spelled, and once each."""
+    file = foreign["Qwen-Scope"]
+    names = ["a/b/layer1.sae.pt", "a_b/layer1.sae.pt", ".a/b/layer1.sae.pt"]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        shutil.copy(file, path)
+        shutil.copy(file.parent / "config.json", path.parent)
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--eval_only", *names, f"./{names[0]}", str(tmp_path / names[0]), *asked]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if "b/layer1.sae.pt" in line]) == 3
+    written = [json.loads(path.read_text()) for path in tmp_path.rglob("eval_results.json")]
+    assert len(written) == 3 and len({results["hyperparameters"]["sae"]["source"]["path"] for results in written}) == 3
+
+
 def test_pages_are_written_of_folders_and_of_files(foreign, text_file, tiny_model_folder, tmp_path, capsys):
     flags = ["--dataset", text_file, "--model", tiny_model_folder, "--num_tokens", 200, "--device", "cpu"]
     flags += ["--context_length", 32]
     for family, path in foreign.items():
         assert report([str(path), "--save_dir", str(tmp_path), *map(str, flags)]) == 0
         page = Path(capsys.readouterr().out.strip())
-        assert page.parent == (
-            path if path.is_dir() else tmp_path / "evaluated" / str(path).strip("/").replace("/", "_")
-        )
+        assert page.parent == (path if path.is_dir() else tmp_path / "evaluated" / str(path.resolve()).strip("/"))
         assert f"{path.stem}" in str(page) and page.stat().st_size > 10_000, family
     assert report([str(foreign["Qwen-Scope"].parent.parent), "--save_dir", str(tmp_path), *map(str, flags)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
