@@ -117,6 +117,9 @@ def changes(
     before = {**defaults, **record["settings"]}
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     free = FREE_TO_CHANGE | (TEXT_TO_CHANGE if record.get("ended_early") else set())
+    were, are = before.get("sae_threads"), now.get("sae_threads")
+    if are is None or (are > 1 and were != 1):  # side by side their number changes no bit, and the state keeps the way
+        free |= {"sae_threads"}
     refused = [f"{name} was {was}, is {value}" for name, (was, value) in sorted(changed.items()) if name not in free]
     if refused:
         raise ValueError(f"the run was started with other settings, so it cannot be resumed: {'; '.join(refused)}.")

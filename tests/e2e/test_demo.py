@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from demo_config import ARCHITECTURES
+from dictionary_learning.buffer import ActivationBuffer
 from dictionary_learning.evaluation import REFERENCE_METRICS
 from dictionary_learning.files import read_jsonl
 from dictionary_learning.formats import find_saes, load_dictionary
@@ -181,6 +182,31 @@ def test_resume_before_the_first_state_starts_anew_and_after_the_last_step_train
     (other / "eval_results.json").unlink()
     assert run("--save_dir", tmp_path / "killed", *flags, "--resume") == 0
     assert (other / "eval_results.json").exists()
+
+
+def test_the_number_of_threads_side_by_side_may_change_on_resuming(run, tmp_path, monkeypatch, capsys):
+    flags = ["--architectures", "batch_top_k", "standard", "top_k", "--no_eval", "--num_tokens", 1500]
+    side_by_side = [*flags, "--sae_threads", 2]
+    assert run(*side_by_side, "--save_dir", tmp_path / "straight") == 0
+    served, following = [], ActivationBuffer.__next__
+
+    def next_and_stop(self):
+        served.append(1)
+        if len(served) == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return following(self)
+
+    for name, again in {"more": ["--sae_threads", 3], "unsaid": []}.items():
+        served.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ActivationBuffer, "__next__", next_and_stop)
+            assert run(*side_by_side, "--save_dir", tmp_path / name) == 75
+        capsys.readouterr()
+        assert run(*flags, "--sae_threads", 1, "--save_dir", tmp_path / name, "--resume") == 2
+        assert "sae_threads was 2, is 1." in capsys.readouterr().err  # which would change the last bits
+        assert run(*flags, *again, "--save_dir", tmp_path / name, "--resume") == 0
+        for one, other in zip(find_saes(tmp_path / "straight"), find_saes(tmp_path / name), strict=True):
+            assert_same_weights(one, other)
 
 
 def test_resume_refuses_other_settings_and_says_which(run, tmp_path, capsys):
