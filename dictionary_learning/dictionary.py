@@ -542,7 +542,8 @@ def _as_numpy(x: Tensor) -> np.ndarray | None:
 
     `torch.jit.trace` would keep them as constants.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.jit.is_tracing():
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or is_tracing:
         return None
     try:
         return x.detach().numpy()
