@@ -119,7 +119,7 @@ class Metrics:
         x_ND, x_hat_ND = x_ND.to(wide), x_hat_ND.to(wide)
         if self.centre_E is None:
             self.centre_E = x_ND.mean(0)
-        f_NF = f_NF.float() if f_NF.dtype in (torch.bfloat16, torch.float16) else f_NF  # their sums are rounded
+        f_NF = f_NF.float() if f_NF.dtype in (torch.bfloat16, torch.float16) else f_NF  # counts of theirs are rounded
         # as numbers, which are counted several times faster than bools are; float32 counts exactly up to 2^24
         active_NF = torch.ne(f_NF, 0, out=torch.empty_like(f_NF))
         error_ND, centred_ND = x_ND - x_hat_ND, x_ND - self.centre_E.to(wide)
@@ -131,7 +131,8 @@ class Metrics:
         quantities_N = {
             "tokens": torch.ones_like(norm_N),
             "l0": active_NF.sum(1),
-            "l1_loss": f_NF.sum(1),  # in its own dtype: a float64 copy of it would take as long as all the rest here
+            # a few rows at a time, since torch copies what it adds up in float64
+            "l1_loss": torch.cat([f_nF.sum(1, dtype=wide) for f_nF in f_NF.split(_rows_at_a_time(f_NF))]),
             "l2_loss": error_N,
             # zero vectors: a token with x = 0 is left out of these two, one with x_hat = 0 has cosine 0
             "nonzero": norm_N > 0,
@@ -249,8 +250,7 @@ def token_losses(logits_BLV: Tensor, own: Predictions, tokens_BL: Tensor) -> tup
 
 def _pieces(tokens_BL: Tensor, *tensors_PV: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """A few positions N at a time: of each tensor its (N, V), and the next tokens (N,)."""
-    on_cpu, n_logits = tensors_PV[0].device.type == "cpu", tensors_PV[0].shape[-1]
-    n = max(1, (CACHED_LOGITS * torch.get_num_threads() if on_cpu else LOGITS_AT_A_TIME) // n_logits)
+    n = _rows_at_a_time(tensors_PV[0])
     next_P = tokens_BL.roll(-1, dims=1).flatten().to(tensors_PV[0].device)
     return zip(*(tensor.split(n) for tensor in (*tensors_PV, next_P)), strict=True)
 
@@ -258,6 +258,11 @@ def _pieces(tokens_BL: Tensor, *tensors_PV: Tensor) -> Iterable[tuple[Tensor, ..
 def _cross_entropies(log_p_NV: Tensor, q_NV: Tensor, next_N: Tensor) -> Tensor:
     """(2, N): -log p of the next token, and sum q log p."""
     return torch.stack([-log_p_NV.gather(1, next_N[:, None]).squeeze(1), torch.linalg.vecdot(q_NV, log_p_NV)])
+
+
+def _rows_at_a_time(values_NV: Tensor) -> int:
+    on_cpu, width = values_NV.device.type == "cpu", values_NV.shape[-1]
+    return max(1, (CACHED_LOGITS * torch.get_num_threads() if on_cpu else LOGITS_AT_A_TIME) // width)
 
 
 def _by_position(sums: list[Tensor], tokens_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 import json
 import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,28 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small() -> list[str]:
     return SMALL
+
+
+@pytest.fixture
+def stopped_after(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
+    """Within stopped_after(n), SIGTERM comes with the n-th batch of the buffer."""
+    from dictionary_learning.buffer import ActivationBuffer
+
+    @contextmanager
+    def stop(n: int) -> Iterator[None]:
+        served, following = [], ActivationBuffer.__next__
+
+        def next_and_stop(self):
+            served.append(1)
+            if len(served) == n:
+                signal.raise_signal(signal.SIGTERM)
+            return following(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ActivationBuffer, "__next__", next_and_stop)
+            yield
+
+    return stop
 
 
 @pytest.fixture

@@ -79,31 +79,15 @@ def test_a_run_from_activations_has_the_bits_of_one_from_the_text(straight, tmp_
     assert_same(run, tmp_path, 4)
 
 
-def test_so_has_a_run_on_some_of_the_layers_for_fewer_tokens_stopped_and_resumed(straight, tmp_path, monkeypatch):
+def test_so_has_a_run_on_some_of_the_layers_for_fewer_tokens_stopped_and_resumed(straight, tmp_path, stopped_after):
     _, folder, flags = straight
     fewer = ["--layers", "3", "--num_tokens", "2000", "--no_eval"]
     assert main(*flags, *fewer, "--save_dir", tmp_path / "text") == 0
     command = [*settings_from_cache(flags), *fewer, "--activations", folder, "--save_dir", tmp_path / "disk"]
-    stop_after(monkeypatch, 17)
-    assert main(*command) == 75
-    monkeypatch.undo()
+    with stopped_after(17):
+        assert main(*command) == 75
     assert main(*command, "--resume") == 0
     assert_same(tmp_path / "text", tmp_path / "disk", 2)
-
-
-def stop_after(monkeypatch, n: int) -> None:
-    """SIGTERM with the n-th batch of the buffer."""
-    from dictionary_learning.buffer import ActivationBuffer
-
-    served, following = [], ActivationBuffer.__next__
-
-    def next_and_stop(self):
-        served.append(1)
-        if len(served) == n:
-            signal.raise_signal(signal.SIGTERM)
-        return following(self)
-
-    monkeypatch.setattr(ActivationBuffer, "__next__", next_and_stop)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -132,10 +116,9 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("only", [["--cache_only"], ["--no_eval"]], ids=["writing", "training"])
-def test_stopped_while_they_are_written_and_begun_again(only, fixed, written, small_files, tmp_path, monkeypatch):
+def test_stopped_while_they_are_written_and_begun_again(only, fixed, written, small_files, tmp_path, stopped_after):
     command = writer(fixed, tmp_path / "cache", *only)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 13)
+    with stopped_after(13):
         assert main(*command) == 75
     again = [] if "--cache_only" in only else ["--resume"]
     assert main(*command, *again) == 0

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from demo_config import ARCHITECTURES
-from dictionary_learning.buffer import ActivationBuffer
 from dictionary_learning.evaluation import REFERENCE_METRICS
 from dictionary_learning.files import read_jsonl
 from dictionary_learning.formats import find_saes, load_dictionary
@@ -184,22 +183,12 @@ def test_resume_before_the_first_state_starts_anew_and_after_the_last_step_train
     assert (other / "eval_results.json").exists()
 
 
-def test_the_number_of_threads_side_by_side_may_change_on_resuming(run, tmp_path, monkeypatch, capsys):
+def test_the_number_of_threads_side_by_side_may_change_on_resuming(run, tmp_path, stopped_after, capsys):
     flags = ["--architectures", "batch_top_k", "standard", "top_k", "--no_eval", "--num_tokens", 1500]
     side_by_side = [*flags, "--sae_threads", 2]
     assert run(*side_by_side, "--save_dir", tmp_path / "straight") == 0
-    served, following = [], ActivationBuffer.__next__
-
-    def next_and_stop(self):
-        served.append(1)
-        if len(served) == 12:
-            signal.raise_signal(signal.SIGTERM)
-        return following(self)
-
     for name, again in {"more": ["--sae_threads", 3], "unsaid": []}.items():
-        served.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(ActivationBuffer, "__next__", next_and_stop)
+        with stopped_after(12):
             assert run(*side_by_side, "--save_dir", tmp_path / name) == 75
         capsys.readouterr()
         assert run(*flags, "--sae_threads", 1, "--save_dir", tmp_path / name, "--resume") == 2

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import demo
 from demo_config import ARCHITECTURES
-from dictionary_learning.buffer import ActivationBuffer
 from dictionary_learning.formats import find_saes, load_dictionary
 
 
@@ -74,19 +72,10 @@ def test_a_start_of_another_place_or_model_is_told(trained, tiny_model_folder, r
         assert sentence in capsys.readouterr().out
 
 
-def test_the_start_changes_nothing_else_and_survives_a_stop(trained, run, tmp_path, monkeypatch):
+def test_the_start_changes_nothing_else_and_survives_a_stop(trained, run, tmp_path, stopped_after):
     flags = ["--architectures", "batch_top_k", "standard", "--num_tokens", 1500, "--no_eval", "--init_from", trained]
     assert run(*flags, "--save_dir", tmp_path / "straight") == 0
-    served, following = [], ActivationBuffer.__next__
-
-    def next_and_stop(self):
-        served.append(1)
-        if len(served) == 12:
-            signal.raise_signal(signal.SIGTERM)
-        return following(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ActivationBuffer, "__next__", next_and_stop)
+    with stopped_after(12):
         assert run(*flags, "--save_dir", tmp_path / "stopped") == 75
     assert run(*flags, "--save_dir", tmp_path / "stopped", "--resume") == 0
     pairs = zip(find_saes(tmp_path / "straight"), find_saes(tmp_path / "stopped"), strict=True)
